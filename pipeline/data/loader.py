@@ -1,0 +1,105 @@
+"""Training samples in an order, and with draws, that depend on (seed, sample number) alone.
+
+The sample number counts on for ever: number = iteration * batch_size + position in the global
+batch. Neither ranks nor workers nor a restart change which image a number is, or how it is drawn.
+"""
+
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pipeline.data.store import Split
+from pipeline.data.transforms import augment
+from pipeline.params import AugmentationParams, TrainParams
+
+# Independent streams of the seed.
+ORDER, AUGMENTATION, MODEL = range(3)
+
+
+class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Sample number -> image (3,h,w) uint8, target (h,w) uint8 and key () int64."""
+
+    def __init__(
+        self,
+        split: Split,
+        augmentation: AugmentationParams,
+        fill: tuple[int, ...],
+        ignore_index: int,
+        seed: int,
+    ) -> None:
+        self.split = split
+        self.augmentation = augmentation
+        self.fill = fill
+        self.ignore_index = ignore_index
+        self.seed = seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        rng = np.random.default_rng((self.seed, AUGMENTATION, number))
+        image, target = augment(
+            *self.split[self.index(number)], self.augmentation, self.fill, self.ignore_index, rng
+        )
+        (key,) = np.random.SeedSequence((self.seed, MODEL, number)).generate_state(1, np.uint64)
+        return (
+            torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+            torch.from_numpy(np.array(target)),
+            torch.tensor(int(key >> 1)),  # a torch integer has 63 bits
+        )
+
+    def index(self, number: int) -> int:
+        """The image of a sample number: every epoch is a permutation of the split."""
+        epoch, place = divmod(number, len(self.split))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._permutation(epoch)
+        return int(self._order[place])
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        rng = np.random.default_rng((self.seed, ORDER, epoch))
+        return rng.permutation(len(self.split))
+
+
+class RankBatches(Sampler[list[int]]):
+    """The sample numbers of one rank, a list an iteration, microbatch after microbatch."""
+
+    def __init__(self, params: TrainParams, start: int, rank: int, world_size: int) -> None:
+        self.params = params
+        self.start = start
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return self.params.iterations - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        microbatch = self.params.batch_size // self.params.accumulation
+        share = microbatch // self.world_size
+        for iteration in range(self.start, self.params.iterations):
+            first = iteration * self.params.batch_size + self.rank * share
+            yield [
+                first + micro * microbatch + place
+                for micro in range(self.params.accumulation)
+                for place in range(share)
+            ]
+
+
+def build_loader(
+    samples: Samples, batches: RankBatches, workers: int, pin_memory: bool
+) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of images (n,3,h,w) uint8, targets (n,h,w) uint8 and keys (n,) int64."""
+    return DataLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+        multiprocessing_context="spawn" if workers else None,  # a fork copies running threads
+    )
+
+
+def _one_thread(worker: int) -> None:
+    cv2.setNumThreads(1)

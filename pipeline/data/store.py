@@ -1,0 +1,106 @@
+"""The prepared data set: packed uint8 shards, memory-mapped in training, beside one index.json.
+
+A shard is the bytes of its records, one after another: image (H,W,3) RGB, then target (H,W). The
+index holds where each record lies and the md5 of each shard, so that the folder's own identity (the
+one DVC writes into dvc.lock) costs the md5 of one small file.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PREPARED = Path("data/prepared")
+INDEX = "index.json"
+SUMMARY = "summary.json"
+
+Array = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a record lies: byte `offset` in `shard`, an image of `height` x `width` pixels."""
+
+    name: str
+    shard: str
+    offset: int
+    height: int
+    width: int
+
+
+class Split:
+    """The records of one split, in order, read from the shards."""
+
+    def __init__(self, folder: Path, entries: list[Entry]) -> None:
+        self.folder = folder
+        self.entries = entries
+        self._shards: dict[str, Array] = {}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> tuple[Array, Array]:
+        """Image (H,W,3) and target (H,W), uint8 views of the file."""
+        entry = self.entries[index]
+        if entry.shard not in self._shards:
+            self._shards[entry.shard] = np.memmap(self.folder / entry.shard, np.uint8, "r")
+        pixels = entry.height * entry.width
+        data = self._shards[entry.shard][entry.offset : entry.offset + 4 * pixels]
+        return (
+            data[: 3 * pixels].reshape(entry.height, entry.width, 3),
+            data[3 * pixels :].reshape(entry.height, entry.width),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shards": {}}  # a worker process maps the files itself
+
+
+class Store:
+    """What `prepare` left in a folder.
+
+    Raises:
+        ValueError: the folder holds no index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / INDEX
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; run `dvc repro prepare` first")
+        self.folder = folder
+        index = json.loads(path.read_text(encoding="utf-8"))
+        self.name: str = index["name"]
+        self.classes: tuple[str, ...] = tuple(index["classes"])
+        self.palette: tuple[tuple[int, int, int], ...] = tuple(map(tuple, index["palette"]))
+        self.ignore_index: int = index["ignore_index"]
+        self.shards: dict[str, str] = index["shards"]
+        self._splits: dict[str, list[list[Any]]] = index["splits"]
+
+    def split(self, name: str) -> Split:
+        """One of train, val and test."""
+        return Split(self.folder, [Entry(*entry) for entry in self._splits[name]])
+
+    @cached_property
+    def md5(self) -> str:
+        """The identity DVC gives the folder: md5 over the sorted list of its files' md5."""
+        own = {name: file_md5(self.folder / name) for name in (INDEX, SUMMARY)}
+        files = sorted((self.shards | own).items())
+        listed = [{"md5": md5, "relpath": name} for name, md5 in files]
+        return hashlib.md5(json.dumps(listed).encode()).hexdigest() + ".dir"
+
+
+def write_index(folder: Path, index: dict[str, Any], splits: dict[str, list[Entry]]) -> None:
+    """Write index.json: `index` and the entries of each split."""
+    listed = {name: [list(asdict(entry).values()) for entry in splits[name]] for name in splits}
+    text = json.dumps(index | {"splits": listed}, ensure_ascii=False, separators=(",", ":"))
+    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def file_md5(path: Path) -> str:
+    """md5 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()

@@ -1,0 +1,251 @@
+"""The only module that talks to torch.distributed.
+
+Every helper is right with one process and no process group, on gloo and on nccl.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+
+def rank() -> int:
+    """This process's number, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of every rank's tensor, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Every rank's tensor, stacked in the order of the ranks: (...) -> (world_size, ...)."""
+    if world_size() == 1:
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's picklable value, in the order of the ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def check_devices(device: str, gpus: int) -> None:
+    """Refuse what the machine does not have, before any process starts.
+
+    Raises:
+        ValueError: names the parameter, what was asked for and what is there.
+    """
+    there = torch.cuda.device_count()
+    if device == "cuda" and not there:
+        raise ValueError("train.device: cuda, but this machine shows no GPU; use auto or cpu")
+    if device != "cpu" and 0 < there < gpus:
+        raise ValueError(
+            f"train.gpus: {gpus}, but this machine shows {there}; use at most {there}, or "
+            "train.device=cpu"
+        )
+
+
+def hand_over(module: str, device: str, processes: int) -> bool:
+    """Start `python -m module` in that many processes by torchrun, and wait for them.
+
+    False where this process is to do the work: it is the only one, or one of torchrun's.
+    """
+    die_with_parent()
+    if processes == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        return False
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if device == "cpu" or not torch.cuda.is_available():
+        print(f"{processes} processes on the CPU", flush=True)
+    options = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]  # 0: a free port
+    options += ["--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    try:
+        run.main([*options, "-m", module])
+    except ChildFailedError as error:  # the process has said why
+        sys.exit(error.get_first_failure()[1].exitcode)
+    return True
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent does, however that dies (Linux only)."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it died just before
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[torch.device]:
+    """Join torchrun's processes, if there are any, and yield this one's device."""
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    own = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(own)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield own
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    dist.init_process_group("nccl" if use_cuda else "gloo", device_id=own if use_cuda else None)
+    try:
+        yield own
+    finally:
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed what draws the first weights; with `deterministic`, refuse kernels that vary."""
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as it trains: on one process itself; on more with synchronous BN, in DDP."""
+    if world_size() == 1:
+        return model
+    with warnings.catch_warnings():
+        # torch 2.14 has another name for it, torch 2.10 does not know that one.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            synchronize_batch_norm(model),
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # synchronous BN keeps them equal
+            gradient_as_bucket_view=True,
+        )
+
+
+def accumulating(model: nn.Module) -> AbstractContextManager[None]:
+    """Keep the gradients of a backward to this rank: more microbatches of the batch follow."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation over the batches of all ranks, which hold equally many values.
+
+    Unlike torch's it runs on the CPU too, and it keeps what follows the normalisation in the layer
+    it replaces (timm's BatchNormAct2d carries its activation).
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        assert norm.momentum is not None
+        super().__init__(norm.num_features, norm.eps, norm.momentum)
+        # The very tensors: an optimizer may hold them already.
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        self.train(norm.training)
+        self.act: nn.Module | None = getattr(norm, "act", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,C,H,W) -> (N,C,H,W)."""
+        x = self._normalize(x) if self.training else super().forward(x)
+        return x if self.act is None else self.act(x)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        result, mean, variance = _SyncNormalization.apply(x, self.weight, self.bias, self.eps)
+        if self.track_running_stats:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
+            count = x.numel() // x.shape[1] * world_size()
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+                unbiased = variance * (count / (count - 1))
+                self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
+                self.num_batches_tracked += 1
+        return cast("Tensor", result)
+
+
+class _SyncNormalization(torch.autograd.Function):
+    """Normalise by the mean and variance over all ranks.
+
+    The variance is the mean of the ranks' variances about the common mean, never E[x^2] - E[x]^2,
+    which cancels. Source: https://arxiv.org/abs/1502.03167
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Statistics of bf16 input in fp32, as torch keeps them.
+        local_variance, local_mean = torch.var_mean(
+            x.to(torch.promote_types(x.dtype, weight.dtype)), dim=(0, 2, 3), correction=0
+        )
+        means, variances = gather(torch.stack([local_mean, local_variance])).unbind(dim=1)
+        mean = means.mean(dim=0)
+        variance = (variances + (means - mean).square()).mean(dim=0)
+        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
+        ctx.mark_non_differentiable(mean, variance)
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, inverse_std = ctx.saved_tensors
+        gradient = gradients[0].to(weight.dtype)
+        centred = (x - mean[:, None, None]) * inverse_std[:, None, None]
+        of_bias, of_weight = gradient.sum(dim=(0, 2, 3)), (gradient * centred).sum(dim=(0, 2, 3))
+        sums = sum_over_ranks(torch.stack([of_bias, of_weight]))
+        count = x.numel() // x.shape[1] * world_size()
+        shift, slope = (sums / count)[:, :, None, None]
+        of_x = (gradient - shift - centred * slope) * (weight * inverse_std)[:, None, None]
+        return of_x.to(x.dtype), of_weight, of_bias, None
+
+
+def synchronize_batch_norm(model: nn.Module) -> nn.Module:
+    """Replace every BN layer below `model` by a synchronous one that holds the same tensors.
+
+    Raises:
+        ValueError: names a BN layer of a kind that is not known to be replaced exactly.
+    """
+    for name, child in model.named_children():
+        if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
+            if not (isinstance(child, nn.BatchNorm2d) and child.affine):
+                raise ValueError(
+                    f"{name}: {type(child).__name__} has no synchronous form; use train.gpus: 1"
+                )
+            setattr(model, name, SyncBatchNorm(child))
+        else:
+            synchronize_batch_norm(child)
+    return model

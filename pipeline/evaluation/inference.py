@@ -1,0 +1,151 @@
+"""Logits of whole images: at once or by a sliding window, mirrored or not, shared by the ranks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline import distributed
+from pipeline.data.store import Split
+from pipeline.data.transforms import DTYPES, autocast, normalize, resized
+from pipeline.evaluation.metrics import Matrix, confusion_matrix, mean_iou
+from pipeline.params import EvaluationParams, ModelParams
+
+Array = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model with all that turns stored images into predictions.
+
+    `window` is crop and stride of the sliding window, None for whole images; `scale` is that of
+    the augmentation, without its ratio.
+    """
+
+    model: nn.Module
+    device: torch.device
+    precision: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    scale: tuple[int, int] | None
+    window: tuple[tuple[int, int], tuple[int, int]] | None
+    flip: bool = False
+
+    @torch.no_grad()
+    def predict(self, images: list[Array]) -> list[Array]:
+        """Images (H,W,3) uint8 of one size -> their class ids (H,W) uint8, in eval mode."""
+        height, width = images[0].shape[:2]
+        size = resized((height, width), self.scale)
+        if size != (height, width):
+            images = [np.asarray(cv2.resize(image, size[::-1]), np.uint8) for image in images]
+        stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.device)
+        inputs = normalize(stacked, self.mean, self.std, DTYPES[self.precision])
+        with autocast(self.device, self.precision):
+            scores = self._logits(inputs)
+            if self.flip:
+                mirrored = self._logits(inputs.flip(3)).flip(3)
+                scores = scores.softmax(dim=1) + mirrored.softmax(dim=1)
+        if size != (height, width):
+            scores = F.interpolate(scores, (height, width), mode="bilinear", align_corners=False)
+        return list(scores.argmax(dim=1).to("cpu", torch.uint8).numpy())
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        if self.window is None:
+            logits: Tensor = self.model(inputs)
+            return logits
+        return slide(self.model, inputs, *self.window)
+
+
+def slide(
+    model: nn.Module, images: Tensor, crop: tuple[int, int], stride: tuple[int, int]
+) -> Tensor:
+    """Logits (N,C,H,W) of windows of `crop` every `stride` pixels, averaged where they overlap.
+
+    The last window of a row or column is moved back to end at the edge.
+    """
+    tops, lefts = (
+        _starts(side, window, step)
+        for side, window, step in zip(images.shape[2:], crop, stride, strict=True)
+    )
+    total, count = None, images.new_zeros(images.shape[2:])
+    for top in tops:
+        for left in lefts:
+            area = np.s_[..., top : top + crop[0], left : left + crop[1]]
+            logits = model(images[area])
+            if total is None:
+                total = images.new_zeros((*logits.shape[:2], *images.shape[2:]))
+            total[area] += logits
+            count[area] += 1
+    assert total is not None
+    averaged: Tensor = total / count
+    return averaged
+
+
+def _starts(side: int, window: int, step: int) -> list[int]:
+    last = max(side - window, 0)
+    return [*range(0, last, step), last]
+
+
+def predictions(
+    predictor: Predictor, split: Split, indices: list[int], batch_size: int = 1
+) -> Iterator[tuple[int, Array, Array]]:
+    """Index, target and prediction of each of `indices`; up to batch_size of one size at a time."""
+    predictor.model.eval()
+    for batch in _batches(split, indices, batch_size):
+        pairs = [split[index] for index in batch]
+        predicted = predictor.predict([image for image, _ in pairs])
+        for index, (_, target), prediction in zip(batch, pairs, predicted, strict=True):
+            yield index, target, prediction
+
+
+def _batches(split: Split, indices: list[int], batch_size: int) -> Iterator[list[int]]:
+    """Neighbours of equal size together: images of several sizes don't stack."""
+    batch: list[int] = []
+    for index in indices:
+        entry = split.entries[index]
+        if batch:
+            first = split.entries[batch[0]]
+            same = (first.height, first.width) == (entry.height, entry.width)
+            if len(batch) == batch_size or not same:
+                yield batch
+                batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def build_predictor(
+    model: nn.Module,
+    device: torch.device,
+    precision: str,
+    trained: ModelParams,
+    scale: tuple[int, int] | None,
+    evaluation: EvaluationParams,
+) -> Predictor:
+    """A model under the `evaluation` section, unflipped, with the preprocessing it knows."""
+    window = (evaluation.crop, evaluation.stride) if evaluation.mode == "slide" else None
+    return Predictor(model, device, precision, trained.mean, trained.std, scale, window)
+
+
+def evaluate(
+    predictor: Predictor, split: Split, num_classes: int, ignore_index: int, batch_size: int = 1
+) -> tuple[Matrix, list[tuple[int, float]]]:
+    """The confusion matrix of a split, (C,C) int64, and the mean IoU of every image by its index.
+
+    Every image is measured on exactly one rank, and the result is the same on each.
+    """
+    own = list(range(distributed.rank(), len(split), distributed.world_size()))
+    total = np.zeros((num_classes, num_classes), np.int64)
+    scores = []
+    for index, target, prediction in predictions(predictor, split, own, batch_size):
+        confusion = confusion_matrix(target, prediction, num_classes, ignore_index)
+        scores.append((index, mean_iou(confusion)))
+        total += confusion
+    summed = distributed.sum_over_ranks(torch.from_numpy(total).to(predictor.device))
+    gathered = distributed.gather_objects(scores)
+    return summed.cpu().numpy(), sorted(score for part in gathered for score in part)

@@ -1,0 +1,89 @@
+"""Scores from integer sums over a whole set: reduce sums, divide once.
+
+Definitions: https://arxiv.org/abs/1411.4038 (IoU, accuracy), Dice 1945 (doi:10.2307/1932409).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.int64]
+Scores = NDArray[np.float64]
+
+
+def confusion_matrix(
+    target: NDArray[np.uint8], prediction: NDArray[np.uint8], num_classes: int, ignore_index: int
+) -> Matrix:
+    """Pixels by target class (row) and predicted class (column), (C,C) int64.
+
+    target and prediction (H,W); pixels whose target is `ignore_index` are left out.
+    """
+    valid = target != ignore_index
+    pairs = target[valid].astype(np.intp) * num_classes + prediction[valid]
+    counts = np.bincount(pairs, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes).astype(np.int64)
+
+
+def iou(confusion: Matrix) -> Scores:
+    """Intersection over union of each class, (C,); nan where a class is in neither map."""
+    intersect, union = _areas(confusion)
+    return _ratio(intersect, union)
+
+
+def mean_iou(confusion: Matrix) -> float:
+    """The mean over the classes that are in the targets or the predictions; nan if none is."""
+    return _mean(iou(confusion))
+
+
+def pixel_accuracy(confusion: Matrix) -> float:
+    """The share of the labelled pixels that are right; nan without any."""
+    return float(_ratio(np.trace(confusion)[None], confusion.sum()[None])[0])
+
+
+def summarize(confusion: Matrix, classes: Sequence[str]) -> dict[str, Any]:
+    """All scores by name, those of a class under `<score>.<class>`; None where undefined."""
+    intersect, union = _areas(confusion)
+    labelled, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    per_class = {
+        "iou": _ratio(intersect, union),
+        "accuracy": _ratio(intersect, labelled),
+        "precision": _ratio(intersect, predicted),
+        "dice": _ratio(2 * intersect, labelled + predicted),
+    }
+    scores: dict[str, Any] = {
+        "mean_iou": mean_iou(confusion),
+        "pixel_accuracy": pixel_accuracy(confusion),
+    }
+    scores |= {f"mean_{name}": _mean(per_class[name]) for name in ("accuracy", "dice")}
+    for name, values in per_class.items():
+        scores[name] = dict(zip(classes, values.tolist(), strict=True))
+    return _without_nan(scores)
+
+
+def _areas(confusion: Matrix) -> tuple[Matrix, Matrix]:
+    intersect = np.diag(confusion)
+    return intersect, confusion.sum(axis=1) + confusion.sum(axis=0) - intersect
+
+
+def _ratio(part: Matrix, whole: Matrix) -> Scores:
+    ratio = np.full(part.shape, np.nan)
+    np.divide(part, whole, out=ratio, where=whole > 0)
+    return ratio
+
+
+def _mean(scores: Scores) -> float:
+    """The mean of the defined scores; nan without any, where numpy's nanmean would warn."""
+    known = scores[~np.isnan(scores)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def _without_nan(scores: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no nan: an undefined score is null."""
+    return {
+        name: _without_nan(value)
+        if isinstance(value, dict)
+        else (None if np.isnan(value) else value)
+        for name, value in scores.items()
+    }

@@ -1,0 +1,208 @@
+"""The training loop: fetch, forward, loss, backward, step, schedule; then evaluate, save, log."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pipeline import distributed
+from pipeline.data.loader import RankBatches, Samples, build_loader
+from pipeline.data.store import Store
+from pipeline.data.transforms import DTYPES, autocast, fill_of, normalize
+from pipeline.evaluation.inference import build_predictor, evaluate
+from pipeline.evaluation.metrics import summarize
+from pipeline.params import Params, flatten
+from pipeline.training.checkpoint import build_checkpoint
+from pipeline.training.optimization import cross_entropy_sum, learning_rate
+from pipeline.training.state import State, result_params
+
+log = logging.getLogger("instep")
+
+
+@dataclass
+class Progress:
+    """All that changes while a training runs, besides the model and the optimizer.
+
+    `history` holds the curves, {"iteration": i, "train/loss": ..., ...} in the order of the
+    iterations; timings stand under `time/` and are no part of the result.
+    """
+
+    iteration: int = 0
+    best: dict[str, Any] | None = None  # {"iteration": i, "mean_iou": score}
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(
+    params: Params,
+    store: Store,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    device: torch.device,
+    state: State,
+    track: Callable[[dict[str, Any]], None],
+) -> None:
+    """Train from progress.iteration to train.iterations; leave the last checkpoint in `state`.
+
+    `track` takes each new entry of the history, and must not hold up the loop.
+    """
+    options = params.train
+    world_size, main = distributed.world_size(), distributed.rank() == 0
+    samples = Samples(
+        store.split("train"),
+        params.augmentation,
+        fill_of(params.model),
+        store.ignore_index,
+        options.seed,
+    )
+    batches = RankBatches(options, progress.iteration, distributed.rank(), world_size)
+    loader = build_loader(samples, batches, options.workers, device.type == "cuda")
+    validation = store.split("val")
+    predictor = build_predictor(
+        model,
+        device,
+        options.precision,
+        params.model,
+        params.augmentation.scale,
+        params.evaluation,
+    )
+    meta = describe(params, store)
+    parallel = distributed.parallelize(model, device).train()
+
+    bar = tqdm(
+        total=options.iterations,
+        initial=progress.iteration,
+        desc="train",
+        unit="it",
+        disable=not (main and sys.stderr.isatty()),
+    )
+    began = waiting = time.perf_counter()
+    waited, since = 0.0, progress.iteration
+    for images, targets, keys in loader:
+        waited += time.perf_counter() - waiting
+        lr = learning_rate(options, progress.iteration)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = train_step(
+            parallel, optimizer, (images, targets, keys), params, store.ignore_index, device
+        )
+        progress.iteration += 1
+        bar.update()
+
+        last = progress.iteration == options.iterations
+        entry: dict[str, Any] = {"iteration": progress.iteration}
+        if last or progress.iteration % params.tracking.log_interval == 0:
+            elapsed, steps = time.perf_counter() - began, progress.iteration - since
+            entry |= {
+                "train/loss": distributed.sum_over_ranks(loss).item(),
+                "train/lr": lr,
+                "time/images_per_second": steps * options.batch_size / elapsed,
+                "time/data_wait_share": waited / elapsed,
+                "time/memory_gib": memory_gib(device),
+            }
+            bar.set_postfix_str(_line(entry, ", "))
+            began, waited, since = time.perf_counter(), 0.0, progress.iteration
+
+        validate = options.validation and (
+            last or progress.iteration % params.evaluation.interval == 0
+        )
+        improved = False
+        if validate:
+            pause = time.perf_counter()
+            confusion, _ = evaluate(predictor, validation, len(store.classes), store.ignore_index)
+            parallel.train()
+            scores = summarize(confusion, store.classes)
+            entry |= {f"val/{name}": value for name, value in flatten(scores).items()}
+            improved = progress.best is None or scores["mean_iou"] > progress.best["mean_iou"]
+            if improved:
+                progress.best = {
+                    "iteration": progress.iteration,
+                    "mean_iou": scores["mean_iou"],
+                }
+            began += time.perf_counter() - pause
+
+        if len(entry) > 1 and main:
+            progress.history.append(entry)
+            track(entry)
+            log.info("%s", _line(entry, "  "))
+        if main and (last or validate or progress.iteration % options.checkpoint.interval == 0):
+            best = {"best": progress.best}
+            checkpoint = build_checkpoint(model, optimizer, progress.iteration, meta | best)
+            if improved:
+                state.save_best(checkpoint)
+            state.save(checkpoint, progress.history)
+        waiting = time.perf_counter()
+    bar.close()
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor, Tensor],
+    params: Params,
+    ignore_index: int,
+    device: torch.device,
+) -> Tensor:
+    """One optimizer step on this rank's share of the batch; returns its share of the loss.
+
+    The batch is images (n,3,h,w) uint8, targets (n,h,w) uint8, keys (n,) int64: the microbatches,
+    one after another. The loss is the cross entropy of the head, plus that of the auxiliary head by
+    its weight, summed over the valid pixels and divided by those of the whole global batch: so
+    neither ranks nor microbatches weigh differently when their valid pixels differ.
+    """
+    options = params.train
+    images, targets = (part.to(device, non_blocking=True) for part in batch[:2])
+    valid = distributed.sum_over_ranks((targets != ignore_index).sum()).clamp(min=1)
+    weights = (1.0, params.model.aux_weight)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    parts = zip(*(part.chunk(options.accumulation) for part in (images, targets, batch[2])))
+    for number, (image, target, key) in enumerate(parts, start=1):
+        last = number == options.accumulation
+        with nullcontext() if last else distributed.accumulating(model):
+            inputs = normalize(
+                image, params.model.mean, params.model.std, DTYPES[options.precision]
+            )
+            with autocast(device, options.precision):
+                outputs = model(inputs, key)
+            losses = [cross_entropy_sum(logits, target, ignore_index) for logits in outputs]
+            part = sum(weight * one for weight, one in zip(weights, losses)) / valid
+            # DDP averages the gradients of the ranks; theirs are parts of one sum.
+            torch.autograd.backward(part * distributed.world_size())
+        loss += part.detach()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
+def describe(params: Params, store: Store) -> dict[str, Any]:
+    """What a checkpoint says of itself: enough to use its weights without this repository."""
+    return {
+        "classes": store.classes,
+        "palette": store.palette,
+        "ignore_index": store.ignore_index,
+        "params": result_params(params),
+    }
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: of the GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _line(entry: dict[str, Any], separator: str) -> str:
+    """The entry for a reader: without the scores of single classes."""
+    known = {name: value for name, value in entry.items() if "." not in name and value is not None}
+    texts = {n: str(v) if isinstance(v, int) else f"{v:.5g}" for n, v in known.items()}
+    return separator.join(f"{name.split('/')[-1]} {text}" for name, text in texts.items())

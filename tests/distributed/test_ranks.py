@@ -1,0 +1,109 @@
+"""The GPU count changes the speed, not the experiment: real gloo processes, real stages."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.project import REPOSITORY, SMALL, make_project, metrics, run, set_params, stage
+
+CHANGES = {
+    "train.precision": "fp64",
+    "train.iterations": 20,
+    "train.batch_size": 8,
+    "train.accumulation": 2,
+    "train.validate": False,
+    "model.dropout": 0.5,
+    "tracking.log_interval": 20,
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_project(
+        tmp_path_factory.mktemp("ranks"), {"train": 10, "val": 4, "test": 7}, **CHANGES
+    )
+    stage(folder, "prepare")
+    return folder
+
+
+def train(project: Path, gpus: int, *command: str, **changes: object) -> Path:
+    """Train anew and return the last checkpoint."""
+    set_params(project, {"train.gpus": gpus, **changes})
+    shutil.rmtree(project / ".dvc/tmp/instep", ignore_errors=True)
+    if command:
+        run([sys.executable, *command], project, PYTHONPATH=f"{project}:{REPOSITORY}")
+    else:
+        stage(project, "train")
+    return shutil.copy(project / "outputs/checkpoints/last.pt", project / f"last-{gpus}.pt")
+
+
+def difference(one: Path, other: Path) -> float:
+    """The largest difference of a tensor, relative to its norm."""
+    a, b = (torch.load(path, weights_only=True)["model"] for path in (one, other))
+    assert a.keys() == b.keys()
+    return max(
+        float((a[name] - b[name]).double().norm() / a[name].double().norm().clamp(min=1e-12))
+        for name in a
+    )
+
+
+@pytest.fixture(scope="module")
+def one_process(project: Path) -> Path:
+    return Path(shutil.copy(train(project, 1), project / "one.pt"))
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_processes_give_the_weights_of_one(project: Path, one_process: Path, gpus: int) -> None:
+    assert difference(one_process, train(project, gpus)) < 1e-9
+
+
+def test_two_processes_train_the_network_of_one_where_bn_carries_the_activation(
+    project: Path, one_process: Path
+) -> None:
+    changes = {
+        "model.name": "unet",
+        "model.backbone.name": "efficientnet_lite0",
+        "model.backbone.output_stride": 32,
+        "model.backbone.pretrained": "imagenet",  # random ones leave means of 0, and only rounding
+        "model.aux_weight": 0.0,
+        "train.iterations": 5,
+    }
+    one = shutil.copy(train(project, 1, **changes), project / "lite-one.pt")
+    two = train(project, 2)
+    set_params(project, SMALL | CHANGES)
+    assert difference(Path(one), two) < 1e-9
+
+
+@pytest.mark.parametrize("missing", ["local_batch_norm", "unkeyed_dropout"])
+def test_without_its_guarantees_two_processes_differ(
+    project: Path, one_process: Path, missing: str
+) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    worker = str(Path(__file__).with_name("worker.py"))
+    assert difference(one_process, train(project, 2, *launcher, worker, missing)) > 1e-4
+
+
+def test_loader_workers_change_no_bit(project: Path, one_process: Path) -> None:
+    with_workers = train(project, 1, **{"train.workers": 2})
+    set_params(project, {"train.workers": 0})
+    assert with_workers.read_bytes() == one_process.read_bytes()
+
+
+def test_a_changed_seed_changes_the_weights(project: Path, one_process: Path) -> None:
+    other = train(project, 1, **{"train.seed": 1})
+    set_params(project, {"train.seed": 0})
+    assert difference(one_process, other) > 1e-4
+
+
+def test_ranks_share_an_evaluation_exactly(project: Path) -> None:
+    train(project, 1)
+    seen = []
+    for gpus in (1, 2, 3):
+        shares = {"train.gpus": gpus, "train.batch_size": 6, "train.accumulation": 1}
+        set_params(project, shares | {"evaluation.batch_size": 1})
+        run([sys.executable, "-m", "stages.evaluate"], project, OMP_NUM_THREADS="1")
+        seen.append(((project / "outputs/evaluation/confusion.tsv").read_text(), metrics(project)))
+    assert seen[0] == seen[1] == seen[2]

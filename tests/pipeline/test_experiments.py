@@ -1,0 +1,74 @@
+"""DVC's other ways of running: exp run, --temp and the queue, all into one MLflow store."""
+
+import csv
+import io
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.project import dvc, make_project, query
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_project(tmp_path_factory.mktemp("exp"), {"train": 10, "val": 3, "test": 3})
+
+
+def tags(project: Path, key: str) -> list[str]:
+    return [row[0] for row in query(project, f"SELECT value FROM tags WHERE key = '{key}'")]
+
+
+def shown(project: Path) -> list[dict[str, str]]:
+    table = csv.DictReader(io.StringIO(dvc(project, "exp", "show", "--csv")))
+    return [row for row in table if row["Experiment"]]
+
+
+def wait_for_queue(project: Path, count: int) -> None:
+    deadline = time.monotonic() + 300
+    while (said := dvc(project, "queue", "status")).count("Success") < count:
+        assert "Failed" not in said, said
+        assert time.monotonic() < deadline, said
+        time.sleep(2)
+
+
+def test_every_way_of_running_is_one_run_in_one_store(project: Path) -> None:
+    dvc(project, "exp", "run", "-n", "two-processes", "-S", "train.gpus=2")
+    assert tags(project, "world_size") == ["2"]
+
+    one = ("-S", "train.gpus=1")
+    for lr in ("0.005", "0.002"):
+        dvc(project, "exp", "run", "--queue", "-n", f"queued-{lr}", "-S", f"train.lr={lr}", *one)
+    dvc(project, "queue", "start")
+    wait_for_queue(project, 2)
+    dvc(project, "exp", "run", "--temp", "-n", "temporary", "-S", "train.lr=0.003", *one)
+    names = {"two-processes", "queued-0.005", "queued-0.002", "temporary"}
+    assert set(tags(project, "dvc.exp_name")) == names
+    assert len(tags(project, "world_size")) == len(names)
+
+    said = dvc(project, "exp", "run", "-n", "cached", "-S", "train.lr=0.005", *one)
+    assert "Running stage" not in said
+    assert len(tags(project, "world_size")) == len(names)
+    assert query(project, "SELECT DISTINCT status FROM runs") == [("FINISHED",)]
+    stores = list(project.rglob("mlflow.db"))
+    assert stores == [project / "mlflow.db"]
+    for run_id, uri in query(project, "SELECT run_uuid, artifact_uri FROM runs"):
+        assert uri == (project / "mlartifacts" / run_id / "artifacts").as_uri()
+        assert (project / "mlartifacts" / run_id / "artifacts/checkpoints/last.pt").is_file()
+    assert json.loads((project / "outputs/run.json").read_text())["run_id"]
+
+    rows = {row["Experiment"]: row for row in shown(project)}
+    assert names | {"cached"} <= rows.keys()
+    assert all(float(rows[name]["mean_iou"]) >= 0 for name in names)
+    assert rows["queued-0.002"]["train.lr"] == "0.002"
+    assert rows["cached"]["mean_iou"] == rows["queued-0.005"]["mean_iou"]
+
+
+def test_results_can_be_compared(project: Path) -> None:
+    said = dvc(project, "metrics", "diff", "--all", "queued-0.005", "queued-0.002")
+    assert "mean_iou" in said
+    page = dvc(project, "plots", "diff", "queued-0.005", "queued-0.002").strip()
+    text = Path(page.removeprefix("file://")).read_text()
+    for title in ("Training loss", "Mean IoU on val", "IoU of each class", "pixels of each class"):
+        assert title in text

@@ -1,0 +1,148 @@
+"""Real projects for the tests: a copy of this repository with a small data set of its own."""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+from ruamel.yaml import YAML
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STARTED_BY_OTHERS = ("DVC_", "MLFLOW_", "TORCHELASTIC_", "GIT_")
+
+# A training of seconds, on photographs of mixed sizes.
+SMALL = {
+    "data.name": "feet",
+    "data.format": "pairs",
+    "data.root": "data/feet",
+    "data.classes": ["background", "foot", "arch"],
+    "data.splits.source": "given",
+    "augmentation.crop_size": [32, 32],
+    "augmentation.ratio_range": [0.5, 2.0],
+    "augmentation.photometric": True,
+    "model.name": "pspnet",
+    "model.backbone.name": "resnet18",
+    "model.backbone.output_stride": 8,
+    "model.backbone.pretrained": None,
+    "model.dropout": 0.1,
+    "model.aux_weight": 0.4,
+    "model.pspnet.channels": 16,
+    "train.batch_size": 4,
+    "train.iterations": 8,
+    "train.optimizer": "sgd",
+    "train.lr": 0.01,
+    "train.schedule.warmup_iters": 2,
+    "train.checkpoint.interval": 4,
+    "evaluation.interval": 4,
+    "tracking.log_interval": 1,
+}
+
+
+def make_project(folder: Path, counts: dict[str, int], **changes: object) -> Path:
+    """A git repository with this code, `counts` images a split below data/feet, and params."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in run(listed, REPOSITORY).stdout.splitlines():
+        source = REPOSITORY / name
+        if source.is_file() and not name.startswith("tests/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, folder / name)
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    draw_feet(folder / "data/feet", counts)
+    set_params(folder, SMALL | changes)
+    run(["git", "init", "-q", "-b", "main"], folder)
+    commit(folder, "A small project")
+    return folder
+
+
+def draw_feet(root: Path, counts: dict[str, int]) -> None:
+    """Images of mixed sizes, each a foot-like ellipse with an arch, and their class ids."""
+    rng = np.random.default_rng(0)
+    for split, count in counts.items():
+        for number in range(count):
+            height, width = (int(side) for side in rng.integers(40, 96, 2))
+            target = np.zeros((height, width), np.uint8)
+            centre = (width // 2 + int(rng.integers(-5, 6)), height // 2)
+            cv2.ellipse(target, centre, (width // 3, height // 3), 0, 0, 360, 1, -1)
+            cv2.ellipse(target, centre, (width // 6, height // 8), 30, 0, 360, 2, -1)
+            colours = rng.integers(0, 256, (3, 3))
+            image = colours[target] + rng.integers(-20, 21, (height, width, 3))
+            target[:3] = 255
+            for kind, data in (
+                ("images", np.clip(image, 0, 255).astype(np.uint8)),
+                ("targets", target),
+            ):
+                path = root / kind / split / f"foot {number:02}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                assert cv2.imwrite(str(path), data)
+
+
+def set_params(project: Path, changes: dict[str, object]) -> None:
+    """Change params.yaml, key by dotted key."""
+    yaml = YAML()
+    path = project / "params.yaml"
+    document = yaml.load(path)
+    for name, value in changes.items():
+        *sections, key = name.split(".")
+        section = document
+        for part in sections:
+            section = section[part]
+        assert key in section, name
+        section[key] = value
+    yaml.dump(document, path)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment without what a surrounding DVC, MLflow or torchrun set."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith(STARTED_BY_OTHERS)}
+    paths = {"PATH": f"{Path(sys.executable).parent}:{own['PATH']}"}
+    identity = {"GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.org"}
+    identity |= {"GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.org"}
+    return own | paths | identity | extra
+
+
+def run(
+    command: list[str], cwd: Path, check: bool = True, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; its output is in the error if it fails."""
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=environment(**extra),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if check and done.returncode:
+        raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout}")
+    return done
+
+
+def dvc(project: Path, *arguments: str, check: bool = True, **extra: str) -> str:
+    """What `dvc ...` prints."""
+    return run(["dvc", *arguments], project, check, **extra).stdout
+
+
+def stage(project: Path, name: str) -> str:
+    """What `python -m stages.NAME` prints, without DVC around it."""
+    return run([sys.executable, "-m", f"stages.{name}"], project).stdout
+
+
+def commit(project: Path, message: str) -> None:
+    run(["git", "add", "-A"], project)
+    run(["git", "commit", "-q", "-m", message], project)
+
+
+def metrics(project: Path) -> dict[str, object]:
+    return json.loads((project / "metrics.json").read_text())
+
+
+def query(project: Path, sql: str) -> list[tuple]:
+    """Rows of the MLflow store."""
+    with sqlite3.connect(f"file:{project / 'mlflow.db'}?mode=ro", uri=True) as store:
+        return store.execute(sql).fetchall()

@@ -1,0 +1,46 @@
+"""Small folders of images and targets, in the layout of the `pairs` format."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.params import DataParams
+from tests.unit.sections import params
+
+
+def data_params(root: Path, **changes: Any) -> DataParams:
+    given = {
+        "format": "pairs",
+        "root": str(root),
+        "images": "images",
+        "targets": "targets",
+        "classes": ["a", "b", "c"],
+        "palette": [[0, 0, 0], [255, 0, 0], [0, 255, 0]],
+        "ignore_index": 255,
+        "splits.source": "given",
+        "splits.group_by": None,
+    }
+    return params({f"data.{name}": value for name, value in (given | changes).items()}).data
+
+
+def photo(seed: int, size: tuple[int, int] = (12, 16)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def labels(size: tuple[int, int] = (12, 16)) -> np.ndarray:
+    """All three classes, and one ignored pixel."""
+    target = np.resize(np.array([0, 1, 2], np.uint8), size)
+    target[0, 0] = 255
+    return target
+
+
+def write(
+    root: Path, name: str, image: np.ndarray, target: np.ndarray, suffix: str = ".png"
+) -> tuple[Path, Path]:
+    paths = root / "images" / f"{name}{suffix}", root / "targets" / f"{name}.png"
+    for path, data in zip(paths, (image, target), strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(data).save(path)
+    return paths

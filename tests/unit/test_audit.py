@@ -1,0 +1,100 @@
+"""The audit: every finding by name, all at once, and nothing left behind."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.data.audit import prepare
+from pipeline.data.store import Store
+from tests.unit.pairs import data_params, labels, photo, write
+
+
+def refusal(root: Path, **changes: object) -> list[str]:
+    """The lines of the refusal, below `root`; checks that nothing is left."""
+    folder = root / "prepared"
+    with pytest.raises(ValueError, match="problems in the data set") as caught:
+        prepare(data_params(root, **changes), folder, lambda done, total: None)
+    assert list(folder.iterdir()) == []
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"{root}: {len(lines)} problems in the data set:"
+    return [line.strip().replace(f"{root}/", "") for line in lines]
+
+
+def test_every_problem_of_the_files_is_told_at_once(tmp_path: Path):
+    for number, split in enumerate(("train", "val", "test")):
+        write(tmp_path, f"{split}/good", photo(number), labels())
+    truncated, _ = write(tmp_path, "train/truncated", photo(3, (60, 80)), labels((60, 80)), ".jpg")
+    truncated.write_bytes(truncated.read_bytes()[:-1000])
+    _, empty = write(tmp_path, "val/empty", photo(4), labels())
+    empty.write_bytes(b"")
+    write(tmp_path, "test/small", photo(5), labels((11, 16)))
+    strange = labels()
+    strange[3, :3] = (3, 7, 254)
+    write(tmp_path, "train/strange", photo(6), strange)
+    write(tmp_path, "train/many", photo(7), np.arange(3, 195, dtype=np.uint8).reshape(12, 16))
+    write(tmp_path, "train/high", photo(8), labels().astype(np.uint16) + 256)
+    write(tmp_path, "test/coloured", photo(9), photo(9))
+    write(tmp_path, "val/copy", photo(0), labels())
+    write(tmp_path, "val/untargeted", photo(10), labels())[1].unlink()
+    write(tmp_path, "val/unpictured", photo(11), labels())[0].unlink()
+    write(tmp_path, "train/good", photo(0), labels(), ".bmp")
+
+    found = refusal(tmp_path)
+    bad_ids = "are neither below 3 (the number of data.classes) nor data.ignore_index 255"
+    expected = [
+        "images/train/truncated.jpg: can't be read as an image",
+        "targets/val/empty.png: can't be read as a target",
+        "images/test/small.png: 16x12 pixels, but its target targets/test/small.png has 16x11",
+        f"targets/train/strange.png: class ids 3, 7, 254 {bad_ids}",
+        f"targets/train/many.png: class ids 3, 4, 5, 6, 7, 8, 9, 10, ... {bad_ids}",
+        f"targets/train/high.png: class ids 256, 257, 258, 511 {bad_ids}",
+        "targets/test/coloured.png: a target holds one class id a pixel, and this is RGB",
+        "the same image in train (train/good) and val (val/copy)",
+        "images/val/untargeted.png: no target",
+        "targets/val/unpictured.png: no image",
+        "images/train/good.png: same stem as good.bmp; keep one of them",
+    ]
+    for line in expected:
+        assert sum(one.startswith(line) for one in found) == 1, (line, found)
+    assert len(found) == len(expected)
+
+
+def test_empty_splits_and_unlearnable_classes_are_found(tmp_path: Path):
+    without_c = np.minimum(labels(), 1)
+    write(tmp_path, "train/1", photo(0), without_c)
+    write(tmp_path, "val/1", photo(1), np.full((12, 16), 255, np.uint8))
+    assert refusal(tmp_path) == [
+        "split val has no labelled pixel",
+        "split test has no labelled pixel",
+        "class 'c' has no pixel in train; take it out of data.classes, or label it",
+    ]
+
+
+def test_a_missing_folder_is_told_without_its_consequences(tmp_path: Path):
+    found = refusal(tmp_path, images="pictures")
+    assert len(found) == 2
+    assert found[0].startswith("pictures: no such folder; data.root")
+    assert found[1].startswith("targets: no such folder")
+
+
+def test_a_good_data_set_is_packed_counted_and_summarized(tmp_path: Path):
+    for number, split in enumerate(("train", "train", "val", "test")):
+        write(tmp_path, f"{split}/{number}", photo(number), labels())
+    calls: list[tuple[int, int]] = []
+    params = data_params(tmp_path, name="shoes")
+    prepare(params, tmp_path / "prepared", lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (4, 4)
+    store = Store(tmp_path / "prepared")
+    assert (store.name, store.classes, store.ignore_index) == ("shoes", ("a", "b", "c"), 255)
+    assert store.palette == params.palette
+    summary = (tmp_path / "prepared/summary.json").read_text(encoding="utf-8")
+    counts = np.bincount(labels().ravel(), minlength=256)
+    for piece in (
+        '"images": 2',
+        f'"a": {2 * counts[0]}',
+        f'"b": {2 * counts[1]}',
+        f'"c": {2 * counts[2]}',
+        '"ignored_pixels": 2',
+    ):
+        assert piece in summary

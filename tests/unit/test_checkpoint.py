@@ -1,0 +1,299 @@
+"""Checkpoints: equal bytes for equal content, whole or not at all, and nothing run from a file."""
+
+import copy
+import fcntl
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.training import state as state_module
+from pipeline.training.checkpoint import (
+    build_checkpoint,
+    load_checkpoint,
+    load_file,
+    load_weights,
+    save_checkpoint,
+    write_atomically,
+)
+from pipeline.training.state import KEPT_STATES, State
+
+
+def trained(optimizer: type = torch.optim.AdamW) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model.to(memory_format=torch.channels_last)
+    steps = optimizer(model.parameters(), 0.1)
+    for _ in range(2):
+        model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+        steps.step()
+        steps.zero_grad()
+    return model, steps
+
+
+def written(path: Path, checkpoint: dict) -> bytes:
+    save_checkpoint(checkpoint, path)
+    return path.read_bytes()
+
+
+def test_equal_content_has_equal_bytes_whatever_objects_hold_it(tmp_path: Path):
+    model, optimizer = trained()
+    word, pair = "".join(["mean", "_iou"]), (1, int("2"))
+    one = {"words": [word, word], "pairs": (pair, pair), "nested": {word: [pair]}}
+    other = {
+        "words": ["".join(["mean", "_iou"]), "_".join(["mean", "iou"])],
+        "pairs": [[1, 2], (1, 2)],
+        "nested": {"".join(["me", "an_iou"]): [(1, int("2"))]},
+    }
+    # Without the canonical form these differ: pickle keeps track of objects.
+    assert pickle.dumps(one) != pickle.dumps(other)
+    first = written(tmp_path / "a.pt", build_checkpoint(model, optimizer, 7, one))
+    model.to(memory_format=torch.contiguous_format)
+    assert written(tmp_path / "b.pt", build_checkpoint(model, optimizer, 7, other)) == first
+    assert written(tmp_path / "b.pt", build_checkpoint(model, optimizer, 8, other)) != first
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_round_trip_through_a_file_keeps_every_byte(kind: type, tmp_path: Path):
+    model, optimizer = trained(kind)
+    meta = {
+        "best": {"iteration": 3, "mean_iou": 0.5},
+        "params": {},
+        "classes": ("a", "b"),
+        "ratio": 1e-3,
+    }
+    first = written(tmp_path / "a.pt", build_checkpoint(model, optimizer, 7, meta))
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    again, steps = trained(kind)
+    with torch.no_grad():
+        for value in again.parameters():
+            value.zero_()
+    load_weights(again, loaded, "a.pt")
+    steps.load_state_dict(loaded["optimizer"])
+    rest = {name: loaded[name] for name in meta}
+    second = build_checkpoint(again, steps, loaded["iteration"], rest)
+    assert written(tmp_path / "b.pt", second) == first
+
+
+def test_a_checkpoint_is_a_copy_that_training_on_does_not_change():
+    model, optimizer = trained()
+    checkpoint = build_checkpoint(model, optimizer, 7, {})
+    before = copy.deepcopy(checkpoint)
+    model(torch.randn(2, 3, 8, 8)).mean().backward()
+    optimizer.step()
+    assert torch.equal(checkpoint["model"]["0.weight"], before["model"]["0.weight"])
+    assert not torch.equal(checkpoint["model"]["0.weight"], model.state_dict()["0.weight"])
+    moments = [c["optimizer"]["state"][0]["exp_avg"] for c in (checkpoint, before)]
+    assert torch.equal(*moments)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path):
+    path = tmp_path / "deep" / "a.pt"
+    write_atomically(path, lambda file: file.write(b"old"))
+
+    def fail(file: object) -> None:
+        file.write(b"half of the n")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    write_atomically(path, lambda file: file.write(b"new"))
+    assert [(one.name, one.read_bytes()) for one in path.parent.iterdir()] == [("a.pt", b"new")]
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_malicious_file_is_refused_and_its_payload_does_not_run(zipped: bool, tmp_path: Path):
+    path, trap = tmp_path / "evil.pt", tmp_path / "trap"
+    content = {"model": {}, "iteration": Payload(trap)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"evil\.pt: not a checkpoint that can be loaded safely"):
+        load_checkpoint(path)
+    assert not trap.exists()
+    torch.load(path, weights_only=False)
+    assert trap.exists()  # the file was dangerous indeed
+
+
+@pytest.mark.parametrize("kept", [0, 0.01, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused_by_name(kept: float, tmp_path: Path):
+    whole = written(tmp_path / "a.pt", build_checkpoint(*trained(), 7, {}))
+    (tmp_path / "a.pt").write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(ValueError, match=r"a\.pt: not a checkpoint"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"none\.pt: no such checkpoint"):
+        load_checkpoint(tmp_path / "none.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match=r"list\.pt: not a checkpoint: it holds a list"):
+        load_file(tmp_path / "list.pt")
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights\.pt: not a checkpoint of this tool"):
+        load_checkpoint(tmp_path / "weights.pt")
+    with zipfile.ZipFile(tmp_path / "other.pt", "w") as file:
+        file.writestr("a.txt", "text")
+    with pytest.raises(ValueError, match=r"other\.pt: not a checkpoint"):
+        load_checkpoint(tmp_path / "other.pt")
+
+
+def test_weights_that_do_not_fit_are_listed_with_their_shapes_and_none_is_loaded():
+    model, optimizer = trained()
+    checkpoint = build_checkpoint(model, optimizer, 7, {})
+    checkpoint["model"]["0.weight"] = torch.zeros(5, 3, 3, 3)
+    checkpoint["model"]["2.weight"] = checkpoint["model"].pop("1.weight") + 1
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"x\.pt does not fit the model") as caught:
+        load_weights(model, checkpoint, "x.pt")
+    assert str(caught.value).splitlines()[1:] == [
+        "  0.weight: (5, 3, 3, 3) in the file, (4, 3, 3, 3) in the model",
+        "  1.weight: missing",
+        "  2.weight: unknown",
+    ]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.fixture
+def states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the states of a repository of its own."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(state_module, "LOCK_PATIENCE", 0.3)
+    return tmp_path / ".dvc" / "tmp" / "instep"
+
+
+def made(iteration: int, best: int | None) -> dict:
+    score = {"iteration": best, "mean_iou": 0.25} if best else None
+    return build_checkpoint(*trained(), iteration, {"best": score, "params": {}})
+
+
+def test_a_state_comes_back_as_it_was_saved(states: Path):
+    history = [{"iteration": 1, "train/loss": 0.5, "val/iou.a": None}]
+    state = State("f")
+    assert state.load() is None
+    with state.locked():
+        state.save(made(4, None), history)
+    checkpoint, curves = State("f").load()
+    assert (checkpoint["iteration"], checkpoint["best"], curves) == (4, None, history)
+    assert torch.equal(checkpoint["model"]["0.weight"], made(4, None)["model"]["0.weight"])
+    assert state.folder == states / "f"
+
+
+def test_the_best_checkpoint_is_kept_until_there_is_a_better_one(states: Path):
+    state = State("f")
+
+    def bests() -> list[str]:
+        return sorted(path.name for path in state.folder.glob("best-*"))
+
+    with state.locked():
+        state.save_best(made(4, 4))
+        state.save(made(4, 4), [])
+        state.save(made(6, 4), [])
+        assert bests() == ["best-4.pt"]
+        state.save_best(made(8, 8))
+        assert bests() == ["best-4.pt", "best-8.pt"]  # a kill now loses neither
+        state.save(made(8, 8), [])
+        assert bests() == ["best-8.pt"]
+
+
+def test_outputs_are_the_last_and_the_best_checkpoint_and_the_curves(states: Path, tmp_path: Path):
+    state = State("f")
+    history = [
+        {"iteration": 1, "train/loss": 2.0, "train/lr": 0.1, "time/x": 9},
+        {"iteration": 2, "train/loss": 1.0, "train/lr": 0.1, "val/mean_iou": 0.25},
+    ]
+    with state.locked():
+        state.save_best(made(2, 2))
+        state.save(made(3, 2), history)
+        state.write_outputs(tmp_path / "out")
+    checkpoints = tmp_path / "out" / "checkpoints"
+    assert load_checkpoint(checkpoints / "last.pt")["iteration"] == 3
+    assert load_checkpoint(checkpoints / "best.pt")["iteration"] == 2
+    assert (
+        tmp_path / "out/train.tsv"
+    ).read_text() == "iteration\tloss\tlr\n1\t2.0\t0.1\n2\t1.0\t0.1\n"
+    assert (tmp_path / "out/val.tsv").read_text() == "iteration\tmean_iou\n2\t0.25\n"
+
+
+def test_a_run_id_is_kept(states: Path):
+    state = State("f")
+    assert state.run_id is None
+    with state.locked():
+        state.remember_run("abc")
+    assert State("f").run_id == "abc"
+
+
+HOLD = """
+import fcntl, sys
+lock = open(sys.argv[1], "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_state_in_another_process_hands_is_refused_kept_and_later_free(states: Path):
+    state = State("f")
+    with state.locked():
+        state.save(made(4, None), [])
+    lock = state.folder / "lock"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=r"doing this very training .*lock"), state.locked():
+            raise AssertionError("two processes hold one state")
+        state.forget()
+        assert state.load() is not None
+        for number in range(KEPT_STATES + 1):
+            with State(f"other{number}").locked():
+                pass
+        assert state.load() is not None
+        other.communicate("")
+    with state.locked():
+        pass
+
+
+def test_the_lock_is_let_go_after_an_error(states: Path):
+    state = State("f")
+    with pytest.raises(KeyError), state.locked():
+        raise KeyError
+    with (state.folder / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_the_states_of_the_five_last_trainings_are_kept(states: Path):
+    for number in range(KEPT_STATES + 2):
+        state = State(f"s{number}")
+        with state.locked():
+            state.save(made(number, None), [])
+        for path in states.iterdir():  # a second between any two
+            when = 1_000_000 + int(path.name[1:])
+            os.utime(path, (when, when))
+    assert sorted(path.name for path in states.iterdir()) == ["s2", "s3", "s4", "s5", "s6"]
+    os.utime(states / "s2")
+    with State("s7").locked():
+        pass
+    assert sorted(path.name for path in states.iterdir()) == ["s2", "s4", "s5", "s6", "s7"]
+
+
+def test_a_forgotten_state_is_gone(states: Path):
+    state = State("f")
+    with state.locked():
+        state.save(made(1, None), [])
+    state.forget()
+    assert not state.folder.exists()
+    assert state.load() is None
+    state.forget()

@@ -1,0 +1,273 @@
+"""What a layout on disk says: the tiles of Blue Marble, splits, and ids kept as they are stored."""
+
+import re
+import struct
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.formats import BlueMarble, Pairs, Record, _read_target, draw_splits
+from pipeline.params import SplitsParams
+from tests.unit.pairs import data_params, labels, photo, write
+from tests.unit.sections import params
+
+
+@pytest.fixture(scope="module")
+def earth() -> tuple[BlueMarble, list[Record]]:
+    reader = BlueMarble(params({}).data)
+    records, problems = reader.records()
+    assert problems == []
+    return reader, records
+
+
+def corner(record: Record) -> tuple[int, int]:
+    row, column = re.fullmatch(r"r(\d{4})_c(\d{4})", record.name).groups()
+    return int(row), int(column)
+
+
+def test_blue_marble_has_112_37_and_81_tiles(earth: tuple[BlueMarble, list[Record]]):
+    assert Counter(r.split for r in earth[1]) == {"train": 112, "val": 37, "test": 81}
+
+
+def test_no_pixel_of_the_earth_is_in_two_tiles(earth: tuple[BlueMarble, list[Record]]):
+    seen = np.zeros((2700, 5400), int)
+    for row, column in map(corner, earth[1]):
+        seen[row : row + 128, column : column + 128] += 1
+    assert seen.max() == 1
+    assert seen.sum() == len(earth[1]) * 128**2
+
+
+def test_splits_are_bands_of_longitude(earth: tuple[BlueMarble, list[Record]]):
+    bands = {"train": (-180, 20), "val": (20, 60), "test": (60, 180)}
+    for record in earth[1]:
+        row, column = corner(record)
+        west, east = bands[record.split]
+        assert west <= column / 15 - 180
+        assert (column + 128) / 15 - 180 <= east
+        assert 90 - row / 15 <= 75
+        assert 90 - (row + 128) / 15 >= -60
+
+
+def test_every_tile_holds_a_coast_or_a_lake(earth: tuple[BlueMarble, list[Record]]):
+    reader, records = earth
+    for record in records:
+        image, target = reader.read(record)
+        assert image.shape == (128, 128, 3)
+        assert target.shape == (128, 128)
+        assert set(np.unique(target)) <= {0, 1, 2}
+        land, lake = (target == 1).mean(), (target == 2).mean()
+        assert 0.03 <= land <= 0.97 or lake > 0.01
+
+
+def test_the_ocean_is_bluer_than_the_land(earth: tuple[BlueMarble, list[Record]]):
+    # The image is RGB, and image and mask lie on each other.
+    reader, records = earth
+    blueness: dict[int, list[np.ndarray]] = {0: [], 1: []}
+    for record in records:
+        image, target = reader.read(record)
+        for label, found in blueness.items():
+            pixels = image[target == label].astype(int)
+            found.append(pixels[:, 2] - pixels[:, 0])
+    ocean, land = (np.concatenate(blueness[label]) for label in (0, 1))
+    assert (ocean > 5).mean() > 0.9
+    assert (land > 5).mean() < 0.3
+
+
+def splits(**changes: object) -> SplitsParams:
+    given = {"source": "drawn", "val": 0.2, "test": 0.1, "seed": 0, "group_by": None}
+    return SplitsParams.model_validate(given | changes)
+
+
+STEMS = [f"walk{i % 20:02}/step{i:03}" for i in range(100)]
+
+
+def test_drawn_splits_have_the_sizes_asked_for():
+    assert Counter(draw_splits(STEMS, splits()).values()) == {"train": 70, "val": 20, "test": 10}
+
+
+def test_drawn_splits_depend_on_the_seed_and_on_nothing_else():
+    drawn = draw_splits(STEMS, splits())
+    assert draw_splits(STEMS[::-1], splits()) == drawn
+    assert draw_splits(STEMS, splits(seed=1)) != drawn
+
+
+@pytest.mark.parametrize("pattern", [r"walk\d\d", r"^(.+)/step", r"k(\d\d)/(step)"])
+def test_drawn_splits_keep_groups_together(pattern: str):
+    drawn = draw_splits(STEMS, splits(group_by=pattern))
+    of_walk = {
+        walk: {drawn[s] for s in STEMS if s.startswith(walk)}
+        for walk in (f"walk{i:02}" for i in range(20))
+    }
+    assert all(len(found) == 1 for found in of_walk.values())
+    assert Counter(next(iter(f)) for f in of_walk.values()) == {"train": 14, "val": 4, "test": 2}
+
+
+def test_a_stem_that_the_pattern_does_not_match_is_its_own_group():
+    drawn = draw_splits(STEMS, splits(group_by="sprint"))
+    assert drawn == draw_splits(STEMS, splits())
+
+
+def test_given_splits_are_the_first_folder(tmp_path: Path):
+    for name in ("val/x/1", "train/2", "train/1", "test/1"):
+        write(tmp_path, name, photo(0), labels())
+    records, problems = Pairs(data_params(tmp_path)).records()
+    assert problems == []
+    assert [(r.name, r.split) for r in records] == [
+        ("train/1", "train"),
+        ("train/2", "train"),
+        ("val/x/1", "val"),
+        ("test/1", "test"),
+    ]
+
+
+def test_drawn_splits_need_no_folders(tmp_path: Path):
+    for number in range(10):
+        write(tmp_path, f"{number}", photo(0), labels())
+    drawn = data_params(tmp_path, **{"splits.source": "drawn", "splits.val": 0.2})
+    records, problems = Pairs(drawn).records()
+    assert problems == []
+    assert Counter(r.split for r in records) == {"train": 6, "val": 2, "test": 2}
+
+
+def test_layout_problems_are_named(tmp_path: Path):
+    write(tmp_path, "train/a", photo(0), labels())
+    write(tmp_path, "elsewhere/b", photo(0), labels())
+    image_only = write(tmp_path, "train/c", photo(0), labels())
+    image_only[1].unlink()
+    target_only = write(tmp_path, "train/d", photo(0), labels())
+    target_only[0].unlink()
+    write(tmp_path, "train/a", photo(0), labels(), ".jpg")
+    (tmp_path / "images/train/.hidden.png").write_bytes(b"")
+    (tmp_path / "images/train/notes.txt").write_bytes(b"")
+    records, problems = Pairs(data_params(tmp_path)).records()
+    assert [r.name for r in records] == ["train/a"]
+    images = tmp_path / "images"
+    assert problems == [
+        f"{images}/train/a.png: same stem as a.jpg; keep one of them",
+        f"{images}/train/c.png: no target",
+        f"{tmp_path}/targets/train/d.png: no image",
+        f"{images}/elsewhere/b.png: with given splits the folder must be train, val or test",
+    ]
+
+
+def test_a_missing_folder_is_named(tmp_path: Path):
+    records, problems = Pairs(data_params(tmp_path)).records()
+    assert records == []
+    assert [line.split(": ")[:2] for line in problems] == [
+        [
+            str(tmp_path / "images"),
+            "no such folder; data.root, data.images and data.targets name "
+            "it, and in a --temp or queued run it must be tracked by git or `dvc add`",
+        ],
+        [str(tmp_path / "targets"), problems[1].split(": ")[1]],
+    ]
+
+
+def read(folder: Path, target: Image.Image, suffix: str = ".png") -> np.ndarray:
+    Image.fromarray(photo(0)).save(folder / "image.png")
+    target.save(folder / f"target{suffix}")
+    record = Record("x", str(folder / "image.png"), str(folder / f"target{suffix}"), "train")
+    image, ids = Pairs(data_params(folder)).read(record)
+    assert np.array_equal(image, photo(0))
+    return ids
+
+
+def test_a_palette_target_keeps_its_indices(tmp_path: Path):
+    target = Image.fromarray(labels())
+    target.putpalette([90, 90, 90, 0, 0, 0, *range(250, 256), *[7] * 756])
+    assert target.mode == "P"
+    assert np.array_equal(read(tmp_path, target), labels())
+
+
+def test_a_palette_target_of_few_bits_keeps_its_indices(tmp_path: Path):
+    ids = labels() % 3
+    target = Image.fromarray(ids)
+    target.putpalette([90, 90, 90, 0, 0, 0, 255, 255, 255])
+    assert np.array_equal(read(tmp_path, target), ids)
+    assert (tmp_path / "target.png").read_bytes()[24] == 2  # bits a pixel
+
+
+def test_a_16_bit_target_is_exact(tmp_path: Path):
+    ids = np.array([[0, 1, 255], [256, 40000, 65535]], np.uint16)
+    found = read(tmp_path, Image.fromarray(ids))
+    assert found.dtype == np.uint16
+    assert np.array_equal(found, ids)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
+def test_a_one_bit_target_has_ids_0_and_1(suffix: str, tmp_path: Path):
+    ids = np.array([[0, 1, 1], [1, 0, 0]], np.uint8)
+    assert np.array_equal(read(tmp_path, Image.fromarray(ids > 0), suffix), ids)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
+def test_an_8_bit_grey_target_is_taken_as_it_is(suffix: str, tmp_path: Path):
+    assert np.array_equal(read(tmp_path, Image.fromarray(labels()), suffix), labels())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
+def test_a_coloured_target_is_refused_by_its_name(mode: str, tmp_path: Path):
+    suffix = ".tif" if mode == "F" else ".png"
+    with pytest.raises(ValueError, match=rf"target\{suffix}: a target holds one class id a pixel"):
+        read(tmp_path, Image.fromarray(photo(0)).convert(mode), suffix)
+
+
+def test_32_bit_ids_out_of_range_are_refused(tmp_path: Path):
+    ids = np.array([[0, 70000]], np.int32)
+    with pytest.raises(ValueError, match=r"target\.tif: ids from 0 to 70000 are out of range"):
+        read(tmp_path, Image.fromarray(ids), ".tif")
+
+
+def test_an_exif_rotation_turns_neither_image_nor_target(tmp_path: Path):
+    write(tmp_path, "train/a", photo(0), labels())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    path = tmp_path / "images/train/a.png"
+    Image.fromarray(photo(0)).save(path, exif=exif)
+    reader = Pairs(data_params(tmp_path))
+    image, _ = reader.read(reader.records()[0][0])
+    assert image.shape == (12, 16, 3)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tif", ".webp"])
+@pytest.mark.parametrize("kept", [0, 0.1, 0.5, 0.97])
+def test_a_truncated_image_is_refused_by_its_name(suffix: str, kept: float, tmp_path: Path):
+    image, target = write(tmp_path, "train/a", photo(0, (60, 80)), labels((60, 80)), suffix)
+    image.write_bytes(image.read_bytes()[: int(image.stat().st_size * kept)])
+    record = Record("train/a", str(image), str(target), "train")
+    with pytest.raises(ValueError, match=f"train/a{suffix}: can't be read as an image"):
+        Pairs(data_params(tmp_path)).read(record)
+
+
+@pytest.mark.parametrize("kept", [0, 0.1, 0.5, 0.9])
+def test_a_truncated_target_is_refused_by_its_name(kept: float, tmp_path: Path):
+    ids = photo(1, (60, 80))[..., 0] % 3
+    image, target = write(tmp_path, "train/a", photo(0, (60, 80)), ids)
+    target.write_bytes(target.read_bytes()[: int(target.stat().st_size * kept)])
+    record = Record("train/a", str(image), str(target), "train")
+    with pytest.raises(ValueError, match=r"train/a\.png: can't be read as a target"):
+        Pairs(data_params(tmp_path)).read(record)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_grey_target_of_few_bits_keeps_its_ids(bits: int, tmp_path: Path):
+    ids = np.array([[0, 1, 2, 3]], np.uint8)
+    packed = "".join(format(i, f"0{bits}b") for i in ids[0])
+    row = b"\0" + bytes(int(packed[i : i + 8], 2) for i in range(0, len(packed), 8))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(row))
+        + chunk(b"IEND", b"")
+    )
+    assert _read_target(tmp_path / "a.png").tolist() == ids.tolist()

@@ -1,0 +1,183 @@
+"""Whole images and windows, mirrored and resized, against plain loops."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.store import Entry, Split
+from pipeline.evaluation.inference import Predictor, evaluate, predictions, slide
+from pipeline.evaluation.metrics import confusion_matrix, mean_iou
+
+
+class Stub(nn.Module):
+    """Logits that depend on the pixels around and, by the padding, on where a window ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(4, 3, 5, 5, generator=generator))
+        self.sizes: list[tuple[int, ...]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.sizes.append(tuple(images.shape))
+        return nn.functional.conv2d(images, self.weight.to(images.dtype), padding=2)
+
+
+def image(seed: int, height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def predictor(model: nn.Module, **changes: object) -> Predictor:
+    given = {
+        "device": torch.device("cpu"),
+        "precision": "fp64",
+        "mean": (100.0, 110.0, 120.0),
+        "std": (50.0, 60.0, 70.0),
+        "scale": None,
+        "window": None,
+    }
+    return Predictor(model, **(given | changes))
+
+
+def as_input(picture: np.ndarray) -> Tensor:
+    normal = (picture.astype(np.float64) - (100, 110, 120)) / (50, 60, 70)
+    return torch.from_numpy(normal).permute(2, 0, 1)[None]
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "stride"),
+    [
+        ((20, 30), (8, 12), (5, 7)),
+        ((20, 30), (8, 12), (8, 12)),
+        ((8, 12), (8, 12), (5, 7)),
+        ((9, 13), (8, 12), (8, 12)),
+        ((5, 30), (8, 12), (3, 12)),  # lower than the window
+        ((16, 24), (8, 12), (4, 6)),
+    ],
+)
+def test_a_sliding_window_is_a_plain_loop(
+    size: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]
+):
+    model = Stub()
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    ours = slide(model, images, crop, stride)
+    # MMSegmentation's slide_inference
+    rows, columns = (
+        max(side - window + step - 1, 0) // step + 1
+        for side, window, step in zip(size, crop, stride, strict=True)
+    )
+    assert len(model.sizes) == rows * columns
+    total = torch.zeros(2, 4, *size, dtype=torch.float64)
+    count = torch.zeros(size)
+    for row in range(rows):
+        for column in range(columns):
+            bottom = min(row * stride[0] + crop[0], size[0])
+            right = min(column * stride[1] + crop[1], size[1])
+            top, left = max(bottom - crop[0], 0), max(right - crop[1], 0)
+            total[:, :, top:bottom, left:right] += model(images[:, :, top:bottom, left:right])
+            count[top:bottom, left:right] += 1
+    assert count.min() >= 1
+    assert torch.allclose(ours, total / count, rtol=0, atol=1e-12)
+
+
+def test_a_whole_image_is_normalised_and_its_best_class_taken():
+    model = Stub()
+    pictures = [image(seed, 9, 14) for seed in range(3)]
+    found = predictor(model).predict(pictures)
+    assert model.sizes == [(3, 3, 9, 14)]
+    for picture, prediction in zip(pictures, found, strict=True):
+        assert prediction.dtype == np.uint8
+        assert np.array_equal(prediction, model(as_input(picture))[0].argmax(0).numpy())
+
+
+def test_a_predictor_slides_where_a_window_is_given():
+    model, picture = Stub(), image(0, 20, 30)
+    (found,) = predictor(model, window=((8, 12), (5, 7))).predict([picture])
+    logits = slide(model, as_input(picture), (8, 12), (5, 7))
+    assert np.array_equal(found, logits[0].argmax(0).numpy())
+    (whole,) = predictor(model).predict([picture])
+    assert not np.array_equal(found, whole)
+
+
+@pytest.mark.parametrize("window", [None, ((8, 12), (5, 7))])
+def test_a_flip_averages_the_probabilities_of_both_views(window: tuple | None):
+    model, picture = Stub(), image(1, 20, 31)
+
+    def view(x: Tensor) -> Tensor:
+        return model(x) if window is None else slide(model, x, *window)
+
+    x = as_input(picture)
+    both = (view(x).softmax(1) + view(x.flip(3)).flip(3).softmax(1)) / 2
+    (found,) = predictor(model, window=window, flip=True).predict([picture])
+    assert np.array_equal(found, both[0].argmax(0).numpy())
+    (unflipped,) = predictor(model, window=window).predict([picture])
+    assert not np.array_equal(found, unflipped)
+    (mirrored,) = predictor(model, window=window, flip=True).predict([picture[:, ::-1]])
+    assert np.array_equal(mirrored, found[:, ::-1])
+
+
+def test_a_scale_resizes_and_predicts_at_the_stored_size():
+    model, picture = Stub(), image(2, 12, 20)
+    (found,) = predictor(model, scale=(60, 24)).predict([picture])
+    assert model.sizes == [(1, 3, 24, 40)]
+    logits = model(as_input(cv2.resize(picture, (40, 24))))
+    stored = nn.functional.interpolate(logits, (12, 20), mode="bilinear", align_corners=False)
+    assert found.shape == (12, 20)
+    assert np.array_equal(found, stored[0].argmax(0).numpy())
+
+
+SIZES = [(9, 14), (9, 14), (9, 14), (14, 9), (9, 14), (5, 5), (5, 5)]
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Split:
+    entries, offset = [], 0
+    with (tmp_path / "a.bin").open("wb") as file:
+        for number, (height, width) in enumerate(SIZES):
+            entries.append(Entry(f"{number}", "a.bin", offset, height, width))
+            target = np.full((height, width), number % 4, np.uint8)
+            target[0, 0] = 255
+            offset += file.write(image(number, height, width).tobytes() + target.tobytes())
+    return Split(tmp_path, entries)
+
+
+def test_batches_hold_one_size_and_change_no_prediction(split: Split):
+    model = Stub().train()
+    indices = [0, 1, 2, 3, 4, 5, 6]
+    batched = list(predictions(predictor(model), split, indices, batch_size=2))
+    assert not model.training
+    assert model.sizes == [
+        (n, 3, h, w) for n, h, w in [(2, 9, 14), (1, 9, 14), (1, 14, 9), (1, 9, 14), (2, 5, 5)]
+    ]
+    assert [index for index, _, _ in batched] == indices
+    for index, target, prediction in batched:
+        assert np.array_equal(target, split[index][1])
+        (alone,) = predictor(model).predict([image(index, *SIZES[index])])
+        assert np.array_equal(prediction, alone)
+
+
+def test_an_evaluation_sums_every_image_once(split: Split):
+    model = Stub()
+    matrices = [
+        confusion_matrix(split[i][1], predictor(model).predict([split[i][0]])[0], 4, 255)
+        for i in range(7)
+    ]
+    expected = sum(matrices)
+    confusion, scores = evaluate(predictor(model), split, 4, 255)
+    assert np.array_equal(confusion, expected)
+    assert scores == [(index, mean_iou(matrix)) for index, matrix in enumerate(matrices)]
+    assert expected.sum() == sum(height * width - 1 for height, width in SIZES)
+
+
+def test_bf16_computes_in_bf16_and_fp32_in_fp32():
+    seen = {}
+    for precision in ("fp32", "bf16"):
+        model = Stub()
+        model.register_forward_hook(lambda _, __, out, p=precision: seen.update({p: out.dtype}))
+        (found,) = predictor(model, precision=precision).predict([image(0, 9, 14)])
+        assert found.dtype == np.uint8
+    assert seen == {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -1,0 +1,120 @@
+"""Which samples make up which batch, on any number of ranks and workers, after any restart."""
+
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data.loader import RankBatches, Samples, build_loader
+from pipeline.data.store import Entry, Split
+from pipeline.params import TrainParams
+from tests.unit.sections import params
+
+AUGMENTATION = {
+    "augmentation.crop_size": [16, 16],
+    "augmentation.ratio_range": [0.5, 2.0],
+    "augmentation.flip": {"horizontal": 0.5, "vertical": 0.5},
+    "augmentation.photometric": True,
+}
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """Seven images of 20 x 24."""
+    folder = tmp_path_factory.mktemp("store")
+    data = np.random.default_rng(0).integers(0, 256, 7 * 20 * 24 * 4, dtype=np.uint8)
+    data.tofile(folder / "a.bin")
+    return Split(folder, [Entry(f"{i}", "a.bin", i * 1920, 20, 24) for i in range(7)])
+
+
+def samples(split: Split, seed: int = 0) -> Samples:
+    return Samples(split, params(AUGMENTATION).augmentation, (9, 9, 9), 255, seed)
+
+
+def train(iterations: int = 6, accumulation: int = 1) -> TrainParams:
+    return params(
+        {
+            "train.batch_size": 8,
+            "train.accumulation": accumulation,
+            "train.iterations": iterations,
+            "train.schedule.warmup_iters": 0,
+        }
+    ).train
+
+
+def test_every_epoch_is_another_permutation(split: Split):
+    one = samples(split)
+    epochs = [[one.index(7 * e + i) for i in range(7)] for e in range(20)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 15
+
+
+def test_the_order_depends_on_the_seed_and_not_on_what_was_asked_before(split: Split):
+    one = samples(split)
+    order = [one.index(number) for number in range(50)]
+    other = samples(split)
+    assert [other.index(number) for number in reversed(range(50))] == order[::-1]
+    other = samples(split, seed=1)
+    assert [other.index(number) for number in range(50)] != order
+
+
+def test_a_sample_depends_on_the_seed_and_its_number_alone(split: Split):
+    one, other, reseeded = samples(split), samples(split), samples(split, seed=1)
+    one[3]
+    for ours, theirs in zip(one[40], other[40], strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(one[40][0], reseeded[40][0])
+    keys = {int(one[number][2]) for number in range(60)}
+    keys |= {int(reseeded[number][2]) for number in range(60)}
+    assert len(keys) == 120
+    assert min(keys) >= 0
+
+
+def test_an_image_is_drawn_otherwise_in_every_epoch(split: Split):
+    one = samples(split)
+    numbers = [number for number in range(70) if one.index(number) == 0]
+    assert len(numbers) == 10
+    assert len({one[number][0].numpy().tobytes() for number in numbers}) == 10
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_ranks_share_every_microbatch(world_size: int, accumulation: int):
+    options = train(accumulation=accumulation)
+    ranks = [list(RankBatches(options, 0, rank, world_size)) for rank in range(world_size)]
+    size = 8 // accumulation
+    for iteration in range(6):
+        for micro in range(accumulation):
+            share = size // world_size
+            parts = [rank[iteration][micro * share :][:share] for rank in ranks]
+            first = iteration * 8 + micro * size
+            assert list(chain(*parts)) == list(range(first, first + size))
+    assert [len(RankBatches(options, 0, 0, world_size)), len(ranks[0])] == [6, 6]
+
+
+def test_a_restart_yields_the_tail_of_the_whole():
+    options = train(accumulation=2)
+    whole = list(RankBatches(options, 0, 1, 2))
+    for start in range(7):
+        tail = RankBatches(options, start, 1, 2)
+        assert list(tail) == whole[start:]
+        assert len(tail) == 6 - start
+
+
+def batches(split: Split, workers: int) -> list[list[np.ndarray]]:
+    loader = build_loader(samples(split), RankBatches(train(), 1, 0, 2), workers, False)
+    return [[part.numpy() for part in batch] for batch in loader]
+
+
+def test_workers_change_no_bit_of_a_batch(split: Split):
+    # In a process of its own: a fork of this one would copy the threads of OpenCV and torch.
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        alone, shared = (fresh.submit(batches, split, workers).result(60) for workers in (0, 2))
+    assert len(alone) == len(shared) == 5
+    for own, theirs in zip(alone, shared, strict=True):
+        assert [part.shape for part in own] == [(4, 3, 16, 16), (4, 16, 16), (4,)]
+        assert [part.dtype for part in own] == [np.uint8, np.uint8, np.int64]
+        assert all(np.array_equal(a, b) for a, b in zip(own, theirs, strict=True))

@@ -1,0 +1,173 @@
+"""params.yaml: what is read, what is refused, and in which words."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from pipeline.params import flatten, load_params, plain, read_yaml
+from tests.unit.sections import REPOSITORY, document
+
+SCALARS = """
+1e-3 1E3 1e+3 +1e3 -2E+05 12e03 1.e2 1.5e3 1. .5 -.5 +.5 1_000.5 00.5 0.0
+010 0777 08 09 0o10 0o7 0o8 0x1f 0x1F 1_000 1__0 -1 +1 -0 00 0 _1
+~ null Null NULL nULL true True TRUE tRue false False FALSE
+off on yes No y n .inf -.inf +.inf .Inf .INF .nan .NaN .NAN -.nan
+1:30 1:30:20 190:20:30.15 1,000 1e . + 1.2.3 e3 inf nan 0x 0xG .5e1 .5e+1
+0b11 -0o10 +0x1F 0x1_f 0o7_7 '\"010\"' ''
+"""
+
+
+def refusal(folder: Path, changes: dict[str, object]) -> str:
+    path = folder / "params.yaml"
+    text = json.dumps(document(changes)).replace("Infinity", ".inf")
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="can't be used") as caught:
+        load_params(path)
+    return str(caught.value)
+
+
+def test_the_repositorys_own_file_loads_and_nothing_in_it_is_lost():
+    path = REPOSITORY / "params.yaml"
+    loaded = load_params(path)
+    assert plain(loaded) == read_yaml(path)
+    assert loaded.train.validation is read_yaml(path)["train"]["validate"]
+
+
+@pytest.mark.parametrize("text", SCALARS.split())
+def test_a_scalar_is_read_as_dvc_reads_it(text: str, tmp_path: Path):
+    path = tmp_path / "one.yaml"
+    path.write_text(f"value: {text}\n", encoding="utf-8")
+    ours = read_yaml(path)["value"]
+    theirs = YAML(typ="safe", pure=True).load(path)["value"]
+    assert type(ours) is type(theirs)
+    assert repr(ours) == repr(theirs)  # repr: nan is not nan
+
+
+def test_yaml_is_version_1_2(tmp_path: Path):
+    path = tmp_path / "some.yaml"
+    path.write_text("[1e-3, off, 010, 0o10, ~, .inf, 1_000]", encoding="utf-8")
+    assert read_yaml(path) == [0.001, "off", 10, 8, None, math.inf, 1000]
+
+
+@pytest.mark.parametrize(
+    ("unknown", "nearest"),
+    [
+        ("train.gpuz", "train.gpus"),
+        ("train.validation", "train.validate"),
+        ("model.backbone.outputstride", "model.backbone.output_stride"),
+        ("evaluatoin", "evaluation"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest_valid_one(
+    unknown: str, nearest: str, tmp_path: Path
+):
+    line = f"{unknown}: no such parameter; did you mean {nearest}?"
+    assert line in refusal(tmp_path, {unknown: 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("train.gpus", "two", 'train.gpus: "two" should be a valid integer'),
+        ("train.gpus", 1.0, "train.gpus: 1.0 should be a valid integer"),
+        ("train.deterministic", 1, "train.deterministic: 1 should be a valid boolean"),
+        ("train.lr", "1e-3", 'train.lr: "1e-3" should be a valid number'),
+        ("train.lr", 0, "train.lr: 0 should be greater than 0"),
+        ("train.momentum", 1.0, "train.momentum: 1.0 should be less than 1"),
+        ("train.workers", -1, "train.workers: -1 should be greater than or equal to 0"),
+        ("train.lr", math.inf, "train.lr: Infinity should be a finite number"),
+        ("augmentation.flip.vertical", 1.5, "augmentation.flip.vertical: 1.5 should be less"),
+        ("augmentation.crop_size", [64, 0], "augmentation.crop_size.1: 0 should be greater"),
+        ("augmentation.ratio_range", [2.0, 0.5], "augmentation.ratio_range: must be [low, high]"),
+        ("model.name", "segnet", "model.name: \"segnet\" should be 'pspnet' or 'unet'"),
+        ("model.backbone.output_stride", 4, "model.backbone.output_stride: 4 should be 8, 16 or"),
+        ("train", None, "train: null should be"),
+        ("data.palette", [[1, 2, 3]], "data: palette has 1 colours for 3 classes"),
+        ("data.classes", ["a", "b", "a"], "data: classes: every name must stand once"),
+        ("data.ignore_index", 1, "data: ignore_index 1 is the id of class 'land'"),
+        ("data.splits.group_by", "(", "data.splits.group_by: must be a regular expression"),
+        ("data.splits.val", 0.85, "data.splits: val + test is 1; it must stay below 1"),
+        ("train.work_dir", "/tmp/out", "train.work_dir: must be a folder inside the repository"),
+        ("train.work_dir", "../out", "train.work_dir: must be a folder inside the repository"),
+        ("train.work_dir", ".", "train.work_dir: must be a folder inside the repository"),
+        ("train.schedule.warmup_iters", 1000, "train: schedule.warmup_iters 1000 must stay below"),
+        ("evaluation.stride", [129, 85], "evaluation: stride [129, 85] leaves pixels between"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name_with_the_rule(
+    name: str, value: object, rule: str, tmp_path: Path
+):
+    assert rule in refusal(tmp_path, {name: value})
+
+
+def test_all_findings_are_told_at_once(tmp_path: Path):
+    wrong = {"train.gpuz": 1, "train.lr": "fast", "model.dropout": 2, "evaluation.split": "train"}
+    text = refusal(tmp_path, wrong)
+    assert len(text.splitlines()) == 1 + len(wrong)
+    for name in wrong:
+        assert f"  {name}: " in text
+
+
+def test_a_missing_parameter_is_named(tmp_path: Path):
+    tree = document({})
+    del tree["train"]["lr"]
+    (tmp_path / "params.yaml").write_text(json.dumps(tree), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"train\.lr: missing"):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "gpus", "accumulation", "nearest"),
+    [(16, 3, 1, "use 15 or 18"), (10, 2, 2, "use 8 or 12"), (3, 4, 1, "use 4")],
+)
+def test_an_indivisible_batch_is_answered_with_the_nearest_sizes(
+    batch_size: int, gpus: int, accumulation: int, nearest: str, tmp_path: Path
+):
+    sizes = {"batch_size": batch_size, "gpus": gpus, "accumulation": accumulation}
+    text = refusal(tmp_path, {f"train.{name}": value for name, value in sizes.items()})
+    assert text.endswith(nearest)
+
+
+def test_a_pspnet_refuses_microbatches_of_one_image(tmp_path: Path):
+    changes = {"model.name": "pspnet", "train.batch_size": 4, "train.accumulation": 4}
+    assert "train.batch_size / train.accumulation is 1" in refusal(tmp_path, changes)
+    (tmp_path / "params.yaml").write_text(
+        json.dumps(document(changes | {"model.pspnet.pool_scales": [2, 3]})), encoding="utf-8"
+    )
+    assert load_params(tmp_path / "params.yaml").model.pspnet.pool_scales == (2, 3)
+
+
+def test_two_files_to_start_from_exclude_each_other(tmp_path: Path):
+    text = refusal(tmp_path, {"train.resume_from": "a.pt", "train.load_from": "b.pt"})
+    assert "resume_from and load_from exclude each other" in text
+
+
+def test_bluemarble_is_not_split_by_chance(tmp_path: Path):
+    text = refusal(tmp_path, {"data.format": "bluemarble", "data.splits.source": "drawn"})
+    assert "bluemarble is split by longitude" in text
+
+
+def test_a_file_without_sections_is_refused(tmp_path: Path):
+    (tmp_path / "params.yaml").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="must hold the sections data, augmentation, model"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_parameters_are_frozen():
+    loaded = load_params(REPOSITORY / "params.yaml")
+    with pytest.raises(ValidationError, match="frozen"):
+        loaded.train.lr = 1.0
+    with pytest.raises(ValidationError, match="frozen"):
+        loaded.model.backbone.name = "resnet18"
+
+
+def test_flattened_names_are_dotted():
+    assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {
+        "a.b.c": 1,
+        "a.d": [2],
+        "e": None,
+    }

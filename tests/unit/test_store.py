@@ -1,0 +1,68 @@
+"""The prepared data set: what was packed is read back, under DVC's own identity."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dvc.repo import Repo
+
+from pipeline.data import audit
+from pipeline.data.store import Store, file_md5
+from pipeline.params import read_yaml
+from tests.unit.pairs import data_params, labels, photo, write
+
+SIZES = [(12, 16), (7, 5), (31, 2), (1, 9), (12, 16), (40, 33)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of mixed sizes; train fills more than one shard."""
+    root = tmp_path_factory.mktemp("mixed")
+    for number in range(audit.RECORDS_PER_SHARD + 6):
+        size = SIZES[number % len(SIZES)]
+        write(root, f"train/é {number:03}", photo(number, size), labels(size))
+    for number, split in ((1000, "val"), (1001, "test")):
+        write(root, f"{split}/x", photo(number), labels())
+    audit.prepare(data_params(root), root / "prepared", lambda done, total: None)
+    return root / "prepared"
+
+
+def test_what_was_packed_is_read_back(folder: Path):
+    store = Store(folder)
+    train = store.split("train")
+    assert len(train) == audit.RECORDS_PER_SHARD + 6
+    assert len(store.shards) == 4
+    assert [entry.name for entry in train.entries[:2]] == ["train/é 000", "train/é 001"]
+    for number in [*range(len(train)), 0]:
+        size = SIZES[number % len(SIZES)]
+        image, target = train[number]
+        assert np.array_equal(image, photo(number, size))
+        assert np.array_equal(target, labels(size))
+    assert np.array_equal(store.split("val")[0][0], photo(1000))
+    assert np.array_equal(store.split("test")[0][0], photo(1001))
+
+
+def test_a_split_travels_to_another_process_without_its_pixels(folder: Path):
+    split = Store(folder).split("train")
+    first = np.array(split[0][0])
+    sent = pickle.dumps(split)
+    assert len(sent) < 20000
+    assert np.array_equal(pickle.loads(sent)[0][0], first)
+
+
+def test_the_md5_is_that_of_dvc(folder: Path):
+    root = folder.parent
+    with Repo.init(str(root), no_scm=True) as repo:
+        repo.add(str(folder))
+    (out,) = read_yaml(root / "prepared.dvc")["outs"]
+    assert out["nfiles"] == 6
+    assert Store(folder).md5 == out["md5"]
+    assert Store(folder).shards == {
+        path.name: file_md5(path) for path in sorted(folder.glob("*.bin"))
+    }
+
+
+def test_a_folder_without_an_index_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"index\.json is missing; run `dvc repro prepare` first"):
+        Store(tmp_path)

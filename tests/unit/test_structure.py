@@ -1,0 +1,138 @@
+"""The layers, read from the imports; and dvc.yaml, held against what the stages really use."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from pipeline.params import flatten, read_yaml
+from tests.unit.sections import REPOSITORY
+
+FILES = {
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("pipeline", "stages")
+    for path in sorted((REPOSITORY / folder).rglob("*.py"))
+}
+STAGES = read_yaml(REPOSITORY / "dvc.yaml")["stages"]
+REPORTING = "pipeline/tracking.py"
+# Their values change no result; the first is where DVC finds the outputs.
+NEUTRAL = {"train.work_dir", "train.workers", "train.checkpoint.interval"}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file names in an import, wherever the import stands."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            assert node.module is not None
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+IMPORTS = {module: imports(path) for module, path in FILES.items()}
+
+
+def uses(module: str, *prefixes: str) -> set[str]:
+    return {
+        name
+        for name in IMPORTS[module]
+        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+    }
+
+
+def reached(module: str) -> set[str]:
+    """Our files that a module needs, its own included, as dvc.yaml writes them."""
+    found, waiting = set(), {module}
+    while waiting:
+        one = waiting.pop()
+        found.add(one)
+        waiting |= (IMPORTS[one] & FILES.keys()) - found
+    return {FILES[one].relative_to(REPOSITORY).as_posix() for one in found}
+
+
+def test_the_graph_of_imports_is_read():
+    assert len(FILES) > 15
+    assert "pipeline.params" in uses("pipeline.data.store", "pipeline") | uses(
+        "pipeline.data.audit", "pipeline"
+    )
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        name
+        for name in FILES
+        if name.startswith(("pipeline.data.", "pipeline.models"))
+        or name in ("pipeline.params", "pipeline.distributed", "pipeline.evaluation.metrics")
+    ],
+)
+def test_the_lower_layers_know_nothing_of_the_upper_ones(module: str):
+    upper = ("pipeline.training", "pipeline.tracking", "stages", "dvc", "mlflow")
+    assert uses(module, *upper) == set()
+
+
+def test_only_one_module_talks_to_torch_distributed():
+    talking = {m for m in FILES if uses(m, "torch.distributed", "torch.nn.parallel")}
+    assert talking == {"pipeline.distributed"}
+
+
+def test_only_one_module_talks_to_mlflow():
+    assert {m for m in FILES if uses(m, "mlflow")} == {"pipeline.tracking"}
+
+
+def test_no_part_of_the_pipeline_imports_a_stage_or_dvc():
+    assert {m for m in FILES if m.startswith("pipeline") and uses(m, "stages", "dvc")} == set()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        name
+        for name in FILES
+        if name.startswith(("pipeline.data.", "pipeline.models"))
+        or name == "pipeline.training.optimization"
+    ],
+)
+def test_data_models_and_losses_do_not_know_how_many_processes_there_are(module: str):
+    assert uses(module, "pipeline.distributed") == set()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_exactly_the_code_it_reaches(stage: str):
+    declared = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
+    assert declared == reached(f"stages.{stage}") - {REPORTING}
+    assert len(declared) == sum(dep.endswith(".py") for dep in STAGES[stage]["deps"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_run_as_the_module_of_its_name(stage: str):
+    assert STAGES[stage]["cmd"] == f"python -m stages.{stage}"
+    assert f"stages/{stage}.py" in STAGES[stage]["deps"]
+
+
+def test_every_module_is_reached_by_a_stage():
+    used = set().union(*(reached(f"stages.{stage}") for stage in STAGES))
+    assert used == {path.relative_to(REPOSITORY).as_posix() for path in FILES.values()}
+
+
+def test_training_is_read_in_at_most_16_files():
+    assert len(reached("stages.train")) <= 16
+
+
+def test_every_parameter_is_a_dependency_or_known_to_change_no_result():
+    declared = {name for stage in STAGES.values() for name in stage["params"]}
+    names = set(flatten(read_yaml(REPOSITORY / "params.yaml")))
+    sections = {
+        ".".join(parts[:length])
+        for parts in (name.split(".") for name in names)
+        for length in range(1, len(parts) + 1)
+    }
+    assert declared <= sections, "dvc.yaml names a parameter that params.yaml lacks"
+    covered = {name for name in names if any(f"{name}.".startswith(f"{one}.") for one in declared)}
+    neutral = NEUTRAL | {name for name in names if name.startswith("tracking.")}
+    assert names - covered == neutral
+    assert "${train.work_dir}" in (REPOSITORY / "dvc.yaml").read_text(encoding="utf-8")
