@@ -22,12 +22,12 @@ CHANGES = {
 }
 
 
-def start_dvc(project: Path, *command: str) -> "subprocess.Popen[bytes]":
+def start_dvc(project: Path, *command: str, **extra: str) -> "subprocess.Popen[bytes]":
     with (project / "repro.log").open("wb") as log:
         return subprocess.Popen(
             ["dvc", *(command or ("repro",))],
             cwd=project,
-            env=environment(),
+            env=environment(**extra),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -112,16 +112,19 @@ def test_a_killed_experiment_goes_on_in_another_workspace(
         assert (project / "outputs/checkpoints" / name).read_bytes() == whole
 
 
-def test_killing_dvc_alone_leaves_no_process(uninterrupted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])  # DVC starts a stage by $SHELL
+def test_killing_dvc_alone_leaves_no_process(tmp_path: Path, shell: str) -> None:
     changes = CHANGES | {"train.gpus": 2, "train.iterations": 100000}
     project = make_project(tmp_path, {"train": 10, "val": 3, "test": 3}, **changes)
-    process = start_dvc(project)
+    process = start_dvc(project, SHELL=shell)
     wait_for(project, 4, process)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 3  # the stage and its two workers
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(family, timeout=30)
+    for survivor in alive:
+        survivor.kill()
     assert not alive
 
 

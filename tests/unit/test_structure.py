@@ -110,7 +110,7 @@ def test_a_stage_depends_on_exactly_the_code_it_reaches(stage: str):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_is_run_as_the_module_of_its_name(stage: str):
-    assert STAGES[stage]["cmd"] == f"python -m stages.{stage}"
+    assert STAGES[stage]["cmd"] == f"exec python -m stages.{stage}"
     assert f"stages/{stage}.py" in STAGES[stage]["deps"]
 
 
