@@ -18,6 +18,27 @@ Size = tuple[Positive, Positive]
 Grey = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Grey, Grey, Grey]
 
+MODELS = (
+    "deeplabv3",
+    "deeplabv3plus",
+    "fcn",
+    "pointrend",
+    "pspnet",
+    "segformer",
+    "semantic_fpn",
+    "unet",
+    "upernet",
+)
+LIBRARY = "smp."  # what the names of segmentation_models_pytorch's networks begin with
+BACKBONES = (
+    "resnet18",
+    "resnet18c",
+    "resnet50c",
+    "resnet101c",
+    "efficientnet_lite0",
+    *(f"mit_b{size}" for size in range(6)),
+)
+
 
 class Section(BaseModel):
     """A part of params.yaml. Nothing is converted: `two` is no number and `1` is no boolean."""
@@ -111,17 +132,50 @@ class AugmentationParams(Section):
 class BackboneParams(Section):
     """The encoder, from timm."""
 
-    name: Literal["resnet18", "resnet50c", "resnet101c", "efficientnet_lite0"]
+    name: str = Field(min_length=1)
     output_stride: Literal[8, 16, 32]
     pretrained: str | None
     with_cp: bool
+    drop_path: Fraction
 
 
-class PSPNetParams(Section):
-    """The pyramid pooling head."""
+class FCNParams(Section):
+    """The fully convolutional head."""
+
+    channels: Positive
+    convs: Positive
+
+
+class PyramidParams(Section):
+    """The heads that pool at several scales: PSPNet and UPerNet."""
 
     pool_scales: tuple[Positive, ...] = Field(min_length=1)
     channels: Positive
+
+
+class DeepLabParams(Section):
+    """DeepLabV3 and V3+."""
+
+    channels: Positive
+    dilations: tuple[Positive, ...] = Field(min_length=1)
+    low_level_channels: Positive
+
+
+class ChannelsParams(Section):
+    """A head with one width: Semantic FPN and SegFormer."""
+
+    channels: Positive
+
+
+class PointRendParams(Section):
+    """The point head; its coarse head has the parameters of Semantic FPN."""
+
+    point_channels: Positive
+    train_points: Positive
+    oversample_ratio: float = Field(ge=1)
+    importance_ratio: Probability
+    subdivision_steps: int = Field(ge=0)
+    subdivision_points: Positive
 
 
 class UNetParams(Section):
@@ -133,7 +187,7 @@ class UNetParams(Section):
 class ModelParams(Section):
     """The network, and the normalisation its weights expect."""
 
-    name: Literal["pspnet", "unet"]
+    name: str
     backbone: BackboneParams
     mean: tuple[float, float, float]
     std: tuple[
@@ -141,8 +195,45 @@ class ModelParams(Section):
     ]
     dropout: Fraction
     aux_weight: float = Field(ge=0)
-    pspnet: PSPNetParams
+    deeplab: DeepLabParams
+    fcn: FCNParams
+    pointrend: PointRendParams
+    pspnet: PyramidParams
+    segformer: ChannelsParams
+    semantic_fpn: ChannelsParams
     unet: UNetParams
+    upernet: PyramidParams
+
+    @model_validator(mode="after")
+    def _network_exists(self) -> Self:
+        backbone, transformer = self.backbone, self.backbone.name.startswith("mit_")
+        if self.name.startswith(LIBRARY):
+            off = {
+                "dropout": self.dropout,
+                "aux_weight": self.aux_weight,
+                "backbone.drop_path": backbone.drop_path,
+                "backbone.with_cp": backbone.with_cp,
+                "backbone.output_stride": backbone.output_stride - 32,
+            }
+            if wrong := [name for name, value in off.items() if value]:
+                raise ValueError(
+                    f"{', '.join(wrong)}: a network of {LIBRARY}* has its own; set output_stride "
+                    "to 32, with_cp to false and the others to 0"
+                )
+            return self
+        _one_of("name", self.name, MODELS, f", or {LIBRARY}<Architecture>")
+        _one_of("backbone.name", backbone.name, BACKBONES)
+        if transformer and backbone.output_stride != 32:
+            raise ValueError(
+                f"backbone.output_stride {backbone.output_stride}: {backbone.name} has no dilated "
+                "form; use 32"
+            )
+        if transformer and self.name == "unet":
+            raise ValueError(
+                f"backbone.name {backbone.name} has no features of stride 2, which unet needs; use "
+                "a resnet or efficientnet_lite0, or another head"
+            )
+        return self
 
 
 class ScheduleParams(Section):
@@ -255,12 +346,27 @@ class Params(Section):
     tracking: TrackingParams
 
     @model_validator(mode="after")
-    def _pooled_batch_has_a_variance(self) -> Self:
+    def _batch_suits_the_model(self) -> Self:
         microbatch = self.train.batch_size // self.train.accumulation
-        if self.model.name == "pspnet" and 1 in self.model.pspnet.pool_scales and microbatch < 2:
+        pooled = {
+            "pspnet": 1 in self.model.pspnet.pool_scales,
+            "upernet": 1 in self.model.upernet.pool_scales,
+            "deeplabv3": True,
+            "deeplabv3plus": True,
+        }
+        if pooled.get(self.model.name) and microbatch < 2:
             raise ValueError(
-                "train.batch_size / train.accumulation is 1, and the 1x1 pooling of the PSPNet "
-                "leaves batch normalisation a single value a channel; use at least 2"
+                f"train.batch_size / train.accumulation is 1, and the 1x1 pooling of "
+                f"{self.model.name} leaves batch normalisation a single value a channel; use at "
+                "least 2"
+            )
+        if self.model.name.startswith(LIBRARY) and any(
+            side % 32 for side in self.augmentation.crop_size
+        ):
+            nearest = [max(32, round(side / 32) * 32) for side in self.augmentation.crop_size]
+            raise ValueError(
+                f"augmentation.crop_size {list(self.augmentation.crop_size)}: {self.model.name} "
+                f"is trained on sides that 32 divides; use {nearest}"
             )
         return self
 
@@ -361,6 +467,15 @@ def _explain(finding: Any) -> str:
         case _:
             rule = finding["msg"].removeprefix("Input ")
             return f"{name}: {given} {rule}" if given else f"{name}: {rule}"
+
+
+def _one_of(name: str, given: str, valid: tuple[str, ...], also: str = "") -> None:
+    if given not in valid:
+        (close,) = difflib.get_close_matches(given, valid, n=1, cutoff=0)
+        raise ValueError(
+            f"{name} {given!r} is unknown; did you mean {close}? "
+            f"It is one of {', '.join(valid)}{also}"
+        )
 
 
 def _nearest(location: tuple[int | str, ...]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import timm
 import torch
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
+from timm.models.pvt_v2 import Block, PyramidVisionTransformerV2
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,58 +18,119 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.params import BackboneParams, main_checkout
 
-# Ours -> timm's, where they differ: the published EfficientNet-Lite weights are TensorFlow's, whose
+# Ours -> timm's, where they differ. The published EfficientNet-Lite weights are TensorFlow's, whose
 # padding and normalisation timm keeps under the prefix.
-TIMM_NAMES = {"efficientnet_lite0": "tf_efficientnet_lite0"}
+TIMM_NAMES = {"efficientnet_lite0": "tf_efficientnet_lite0", "resnet18c": "resnet18"}
+# ResNetV1c, https://arxiv.org/abs/1812.01187: three 3x3 convolutions instead of one of 7x7.
+OPTIONS: dict[str, dict[str, Any]] = {"resnet18c": {"stem_type": "deep", "stem_width": 32}}
+NO_IMAGENET = ("resnet18c", *(f"mit_b{size}" for size in range(6)))  # what timm has no weights of
+# SegFormer's encoders by size, channels and blocks: https://arxiv.org/abs/2105.15203
+MIT_WIDTHS = {"mit_b0": (32, 64, 160, 256)}
+MIT_DEPTHS = {
+    "mit_b0": (2, 2, 2, 2),
+    "mit_b1": (2, 2, 2, 2),
+    "mit_b2": (3, 4, 6, 3),
+    "mit_b3": (3, 4, 18, 3),
+    "mit_b4": (3, 8, 27, 3),
+    "mit_b5": (3, 6, 40, 3),
+}
 Context = AbstractContextManager[None]
-BLOCKS = (BasicBlock, Bottleneck, DepthwiseSeparableConv, InvertedResidual)
+BLOCKS = (BasicBlock, Block, Bottleneck, DepthwiseSeparableConv, InvertedResidual)
 
 
 def build_backbone(params: BackboneParams) -> tuple[nn.Module, list[int]]:
-    """A timm network whose forward gives five features from stride 2 on, and their channels.
+    """A network whose forward gives features from fine to coarse, and their channels.
 
-    `pretrained`: null, `imagenet`, or a file of timm's own state_dict.
+    Of stride 2, 4, 8, 16 and 32 as far as the output stride lets them shrink; a transformer starts
+    at 4. `pretrained`: null, `imagenet`, or a file of timm's own state_dict.
 
     Raises:
         ValueError: the weights can't be had, or don't fit the network.
     """
-    packaged = params.name == "efficientnet_lite0" and params.pretrained == "imagenet"
+    imagenet = params.pretrained == "imagenet"
+    if imagenet and params.name in NO_IMAGENET:
+        raise ValueError(
+            f"model.backbone.pretrained: nobody offers timm the ImageNet weights of {params.name}; "
+            "name a file with them, or null to start from random weights"
+        )
+    packaged = imagenet and params.name == "efficientnet_lite0"
+    backbone, channels = _build(params, imagenet and not packaged)
+    if packaged:
+        _load(backbone, _efficientnet_lite0_weights())
+    elif params.pretrained is not None and not imagenet:
+        _load(backbone, _read_weights(main_checkout() / params.pretrained))
+    if params.with_cp:
+        for module in backbone.modules():
+            if isinstance(module, BLOCKS):
+                module.forward = partial(_recompute, module)  # type: ignore[method-assign]
+    return backbone, channels
+
+
+def _build(params: BackboneParams, pretrained: bool) -> tuple[nn.Module, list[int]]:
+    if params.name in MIT_DEPTHS:
+        transformer = MixTransformer(params.name, params.drop_path)
+        return transformer, transformer.channels
     try:
-        backbone = timm.create_model(
+        backbone: Any = timm.create_model(
             TIMM_NAMES.get(params.name, params.name),
             features_only=True,
             out_indices=(0, 1, 2, 3, 4),
             output_stride=params.output_stride,
-            pretrained=params.pretrained == "imagenet" and not packaged,
+            drop_path_rate=params.drop_path,
+            pretrained=pretrained,
+            **OPTIONS.get(params.name, {}),
         )
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"model.backbone.pretrained: the ImageNet weights of {params.name} can't be fetched "
             f"({error}); name a file with them, or null to start from random weights"
         ) from error
-    if packaged:
-        _load(backbone, _efficientnet_lite0_weights())
-    elif params.pretrained not in (None, "imagenet"):
-        _load(backbone, _read_weights(main_checkout() / params.pretrained))
-    if params.with_cp:
-        for module in backbone.modules():
-            if isinstance(module, BLOCKS):
-                module.forward = partial(_recompute, module)  # type: ignore[method-assign]
-    features: Any = backbone.feature_info
-    return backbone, features.channels()
+    for block in backbone.modules():
+        if isinstance(block, BasicBlock):  # MMSegmentation dilates the first of the two alone
+            block.conv2.dilation = block.conv2.padding = (1, 1)
+    return backbone, backbone.feature_info.channels()
 
 
-def _recompute(block: nn.Module, x: Tensor) -> Tensor:
-    """A block's forward that keeps only its input, and computes the rest again in backward.
+class MixTransformer(PyramidVisionTransformerV2):
+    """SegFormer's encoder: PVTv2 with narrower perceptrons. Source: arXiv:2105.15203."""
+
+    def __init__(self, name: str, drop_path: float) -> None:
+        widths = MIT_WIDTHS.get(name, (64, 128, 320, 512))
+        super().__init__(
+            num_classes=0,
+            depths=MIT_DEPTHS[name],
+            embed_dims=widths,
+            num_heads=(1, 2, 5, 8),
+            sr_ratios=(8, 4, 2, 1),
+            mlp_ratios=(4, 4, 4, 4),
+            drop_path_rate=drop_path,
+        )
+        self.channels = list(widths)
+        for layer in self.modules():
+            if isinstance(layer, nn.LayerNorm):
+                layer.eps = 1e-6
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N,3,H,W) -> features of stride 4, 8, 16 and 32."""
+        x = self.patch_embed(x)
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features
+
+
+def _recompute(block: nn.Module, *inputs: Any) -> Tensor:
+    """A block's forward that keeps only its inputs, and computes the rest again in backward.
 
     Source: https://arxiv.org/abs/1604.06174
     """
     forward = partial(type(block).forward, block)
     if not (block.training and torch.is_grad_enabled()):
-        return cast("Tensor", forward(x))
+        return cast("Tensor", forward(*inputs))
     contexts = partial(_forward_contexts, block)
     result: Tensor = checkpoint(
-        forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        forward, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
     )
     return result
 

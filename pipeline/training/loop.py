@@ -18,9 +18,10 @@ from pipeline.data.store import Store
 from pipeline.data.transforms import DTYPES, autocast, fill_of, normalize
 from pipeline.evaluation.inference import build_predictor, evaluate
 from pipeline.evaluation.metrics import summarize
-from pipeline.params import Params, flatten
+from pipeline.models.layers import Output
+from pipeline.params import Params, TrainParams, flatten
 from pipeline.training.checkpoint import build_checkpoint
-from pipeline.training.optimization import cross_entropy_sum, learning_rate
+from pipeline.training.optimization import cross_entropy_sum, labels_at, learning_rate
 from pipeline.training.state import State, result_params
 
 log = logging.getLogger("instep")
@@ -153,14 +154,13 @@ def train_step(
     """One optimizer step on this rank's share of the batch; returns its share of the loss.
 
     The batch is images (n,3,h,w) uint8, targets (n,h,w) uint8, keys (n,) int64: the microbatches,
-    one after another. The loss is the cross entropy of the head, plus that of the auxiliary head by
-    its weight, summed over the valid pixels and divided by those of the whole global batch: so
-    neither ranks nor microbatches weigh differently when their valid pixels differ.
+    one after another. The loss is the sum of the model's outputs by their weights, each a cross
+    entropy summed over the valid pixels and divided by those of the whole global batch: so neither
+    ranks nor microbatches weigh differently when their valid pixels differ.
     """
     options = params.train
     images, targets = (part.to(device, non_blocking=True) for part in batch[:2])
     valid = distributed.sum_over_ranks((targets != ignore_index).sum()).clamp(min=1)
-    weights = (1.0, params.model.aux_weight)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     parts = zip(*(part.chunk(options.accumulation) for part in (images, targets, batch[2])))
     for number, (image, target, key) in enumerate(parts, start=1):
@@ -171,14 +171,25 @@ def train_step(
             )
             with autocast(device, options.precision):
                 outputs = model(inputs, key)
-            losses = [cross_entropy_sum(logits, target, ignore_index) for logits in outputs]
-            part = sum(weight * one for weight, one in zip(weights, losses)) / valid
+            losses = [_loss(output, target, ignore_index, valid, options) for output in outputs]
+            part = torch.stack(losses).sum()
             # DDP averages the gradients of the ranks; theirs are parts of one sum.
             torch.autograd.backward(part * distributed.world_size())
         loss += part.detach()
     optimizer.step()
     optimizer.zero_grad()
     return loss
+
+
+def _loss(
+    output: Output, target: Tensor, ignore_index: int, valid: Tensor, options: TrainParams
+) -> Tensor:
+    """An output's part in the loss of the global batch, by its weight."""
+    if output.points is None:
+        return output.weight * cross_entropy_sum(output.logits, target, ignore_index) / valid
+    labels = labels_at(target, output.points)
+    total = options.batch_size * labels.shape[1]  # as many in every image, labelled or not
+    return output.weight * cross_entropy_sum(output.logits, labels, ignore_index) / total
 
 
 def describe(params: Params, store: Store) -> dict[str, Any]:

@@ -10,14 +10,23 @@ from pipeline.params import TrainParams
 def cross_entropy_sum(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """Cross entropy summed over the valid pixels: the caller divides once, by those of all ranks.
 
-    logits (N,C,H,W), target (N,H,W) uint8 -> scalar, at least fp32. Pixels as rows, because torch's
+    logits (N,C,...), target (N,...) uint8 -> scalar, at least fp32. Pixels as rows, because torch's
     two-dimensional form has no deterministic CUDA kernel.
     """
-    rows = logits.permute(0, 2, 3, 1).flatten(0, 2)
+    rows = logits.movedim(1, -1).flatten(0, -2)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return F.cross_entropy(
         rows, target.flatten().long(), ignore_index=ignore_index, reduction="sum"
     )
+
+
+def labels_at(target: Tensor, points: Tensor) -> Tensor:
+    """Labels of the pixels nearest to points (N,P,2), x and y in [0,1): (N,H,W) -> (N,P)."""
+    height, width = target.shape[1:]
+    size = points.new_tensor([width, height])
+    column, row = (points * size - 0.5).round().long().unbind(dim=2)  # as torch's grid_sample
+    places = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+    return target.flatten(1).gather(1, places)
 
 
 def build_optimizer(model: nn.Module, params: TrainParams) -> torch.optim.Optimizer:

@@ -67,9 +67,10 @@ def _digest(parts: Any) -> str:
 
 
 def _code(stage: str) -> dict[str, str]:
-    """The md5 of every file of code that dvc.yaml names as a dependency of the stage."""
-    deps = read_yaml(Path("dvc.yaml"))["stages"][stage]["deps"]
-    return {dep: file_md5(Path(dep)) for dep in deps if dep.endswith(".py")}
+    """The md5 of every file of code that dvc.yaml names, or a folder of it, as a dependency."""
+    deps = [Path(dep) for dep in read_yaml(Path("dvc.yaml"))["stages"][stage]["deps"]]
+    files = [file for dep in deps for file in (dep, *dep.glob("*.py")) if file.suffix == ".py"]
+    return {file.as_posix(): file_md5(file) for file in files}
 
 
 def start_file(given: str, params: Params) -> Path:

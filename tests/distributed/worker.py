@@ -5,7 +5,7 @@ import sys
 import torch
 
 from pipeline import distributed
-from pipeline.models.heads import KeyedDropout2d
+from pipeline.models.keyed import KeyedDropout
 from stages import train
 
 
@@ -16,9 +16,7 @@ def local_batch_norm() -> None:
 
 def unkeyed_dropout() -> None:
     """Masks are drawn from torch's own generator."""
-    KeyedDropout2d.forward = lambda self, x, keys: torch.nn.functional.dropout2d(
-        x, self.p, self.training
-    )
+    KeyedDropout.forward = lambda self, x: torch.nn.functional.dropout2d(x, self.p, self.training)
 
 
 if __name__ == "__main__":

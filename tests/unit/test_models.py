@@ -1,6 +1,7 @@
 """One contract for every network, and the layers whose arithmetic is our own."""
 
 import json
+import zlib
 from itertools import product
 from pathlib import Path
 
@@ -11,13 +12,21 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models import Segmenter, build_model, salt_layers
+from pipeline.models import HEADS, Segmenter, build_model
 from pipeline.models.backbones import build_backbone
-from pipeline.models.heads import KeyedDropout2d, average_pool
-from pipeline.params import ModelParams
+from pipeline.models.keyed import KeyedDropout, key_random_layers, uniform
+from pipeline.models.layers import average_pool
+from pipeline.params import MODELS, ModelParams
 from tests.unit.sections import document
 
-BACKBONES = ("resnet18", "resnet50c", "resnet101c", "efficientnet_lite0")
+BACKBONES = (
+    "resnet18",
+    "resnet18c",
+    "resnet50c",
+    "resnet101c",
+    "efficientnet_lite0",
+    "mit_b0",
+)
 
 
 def options(**changes: object) -> ModelParams:
@@ -27,8 +36,16 @@ def options(**changes: object) -> ModelParams:
         "backbone.output_stride": 32,
         "backbone.pretrained": None,
         "backbone.with_cp": False,
+        "backbone.drop_path": 0.0,
         "dropout": 0.0,
         "aux_weight": 0.4,
+        "fcn.channels": 8,
+        "deeplab.channels": 8,
+        "upernet.channels": 8,
+        "segformer.channels": 8,
+        "semantic_fpn.channels": 8,
+        "pointrend.point_channels": 8,
+        "pointrend.train_points": 32,
         "pspnet.pool_scales": [1, 2, 3, 6],
         "pspnet.channels": 8,
         "unet.channels": [16, 12, 8, 8, 4],
@@ -37,14 +54,22 @@ def options(**changes: object) -> ModelParams:
     return ModelParams.model_validate_json(json.dumps(tree["model"]))
 
 
-@pytest.mark.parametrize(("head", "backbone"), list(product(("pspnet", "unet"), BACKBONES)))
+HEADS_ON = {head: ("mit_b0" if head == "segformer" else "resnet18c") for head in HEADS}
+
+
+@pytest.mark.parametrize(
+    ("head", "backbone"),
+    [*HEADS_ON.items(), *product(("pspnet", "unet"), BACKBONES[:-1]), ("upernet", "mit_b0")],
+)
 def test_every_model_gives_logits_at_the_size_of_the_input(head: str, backbone: str):
     model = build_model(options(name=head, **{"backbone.name": backbone}), 5)
     images = torch.randn(2, 3, 65, 97)
     model.train()
     outputs = model(images, torch.arange(2))
-    assert [out.shape for out in outputs] == [(2, 5, 65, 97)] * 2
-    sum(out.square().mean() for out in outputs).backward()
+    dense = [output for output in outputs if output.points is None]
+    assert [output.logits.shape for output in dense] == [(2, 5, 65, 97)] * 2
+    assert [output.weight for output in dense] == [1.0, 0.4]
+    sum(output.logits.square().mean() for output in outputs).backward()
     without = [name for name, value in model.named_parameters() if value.grad is None]
     assert without == []
     model.eval()
@@ -54,11 +79,50 @@ def test_every_model_gives_logits_at_the_size_of_the_input(head: str, backbone: 
         assert torch.allclose(model(images)[:1], model(images[:1]), atol=1e-5)
 
 
-@pytest.mark.parametrize("head", ["pspnet", "unet"])
+@pytest.mark.parametrize("head", HEADS)
 def test_without_a_weight_there_is_no_auxiliary_head(head: str):
-    model = build_model(options(name=head, aux_weight=0.0), 3)
-    assert model.auxiliary is None
-    assert len(model(torch.randn(2, 3, 64, 64), torch.arange(2))) == 1
+    names = {"backbone.name": HEADS_ON[head]}
+    model = build_model(options(name=head, aux_weight=0.0, **names), 3)
+    assert model.auxiliary_head is None
+    outputs = model(torch.randn(2, 3, 64, 64), torch.arange(2))
+    assert len(outputs) == (2 if head == "pointrend" else 1)
+
+
+@pytest.mark.parametrize("name", ["Unet", "DeepLabV3Plus", "FPN"])
+def test_a_network_of_the_library_keeps_the_contract(name: str):
+    model = build_model(options(name=f"smp.{name}", aux_weight=0.0), 5)
+    images, keys = torch.randn(2, 3, 64, 96), torch.tensor([4, 9])
+    (output,) = model.train()(images, keys)
+    assert output.logits.shape == (2, 5, 64, 96)
+    torch.manual_seed(1)
+    assert torch.equal(model(images, keys)[0].logits, output.logits)  # its dropout has keys
+    with torch.inference_mode():
+        assert model.eval()(images[:, :, :33, :70]).shape == (2, 5, 33, 70)
+    backbone = {id(parameter) for parameter in model.backbone.parameters()}
+    assert 0 < len(backbone) < len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("names", "rule"),
+    [
+        ({"name": "smp.UNet"}, r"has no UNet; did you mean smp\.Unet\? It has DPT, DeepLabV3,"),
+        ({"name": "smp.Unet", "backbone.name": "resnet17"}, r"smp\.Unet with the encoder resnet17"),
+    ],
+)
+def test_what_the_library_does_not_have_is_refused(names: dict[str, str], rule: str):
+    with pytest.raises(ValueError, match=rule):
+        build_model(options(aux_weight=0.0, **names), 5)
+
+
+def test_params_and_models_have_the_same_names():
+    assert set(MODELS) == set(HEADS)
+
+
+@pytest.mark.parametrize("name", ["resnet18c", "mit_b0"])
+def test_imagenet_weights_that_nobody_offers_are_refused(name: str):
+    section = options(**{"backbone.name": name, "backbone.pretrained": "imagenet"}).backbone
+    with pytest.raises(ValueError, match=rf"ImageNet weights of {name}; name a file"):
+        build_backbone(section)
 
 
 @pytest.mark.parametrize("stride", [8, 16, 32])
@@ -83,12 +147,13 @@ def test_pooling_is_torchs_adaptive_average(size: tuple[int, int], bins: int):
     assert torch.allclose(*gradients, rtol=0, atol=1e-12)
 
 
-def dropped(layer: KeyedDropout2d, keys: Tensor) -> Tensor:
-    return layer(torch.ones(len(keys), 400, 2, 3), keys)
+def dropped(layer: KeyedDropout, keys: Tensor) -> Tensor:
+    layer.keys = keys
+    return layer(torch.ones(len(keys), 400, 2, 3))
 
 
 def test_a_mask_depends_on_the_samples_key_alone():
-    layer = KeyedDropout2d(0.3).train()
+    layer = KeyedDropout(0.3, axes=1).train()
     keys = torch.tensor([5, 2**62, 0, 5])
     masks = dropped(layer, keys)
     torch.manual_seed(1)
@@ -99,37 +164,75 @@ def test_a_mask_depends_on_the_samples_key_alone():
     assert not torch.equal(masks[0], masks[1])
 
 
-def test_dropout_takes_whole_channels_and_keeps_the_expectation():
-    masks = dropped(KeyedDropout2d(0.3).train(), torch.arange(50))
-    assert torch.equal(masks, masks[:, :, :1, :1].expand_as(masks))
+@pytest.mark.parametrize(("axes", "draws"), [(0, 1), (1, 400), (None, 2400)])
+def test_dropout_takes_whole_samples_channels_or_entries(axes: int | None, draws: int):
+    masks = dropped(KeyedDropout(0.3, axes).train(), torch.arange(500))
+    flat = masks.flatten(1).view(500, draws, -1)
+    assert torch.equal(flat, flat[:, :, :1].expand_as(flat))
     assert masks.unique().tolist() == pytest.approx([0, 1 / 0.7])
-    assert masks.mean().item() == pytest.approx(1, abs=0.02)
+    assert masks.mean().item() == pytest.approx(1, abs=0.1 if axes == 0 else 0.01)
+
+
+def test_the_draws_are_those_of_splitmix64():
+    def mix(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    keys, salt = [0, 1, 2**63 - 1], 0xDEADBEEF
+    expected = [
+        [
+            (mix((mix(key ^ mix(salt)) + step * 0x9E3779B97F4A7C15) % 2**64) >> 40) / 2**24
+            for step in range(1, 6)
+        ]
+        for key in keys
+    ]
+    assert uniform(torch.tensor(keys), salt, 5).tolist() == expected
+
+
+def test_draws_are_uniform_and_rows_independent():
+    drawn = uniform(torch.arange(200), 7, 500)
+    counts = torch.histc(drawn, 10, 0, 1) / drawn.numel()
+    assert counts.tolist() == pytest.approx([0.1] * 10, abs=0.005)
+    correlation = torch.corrcoef(drawn) - torch.eye(200)
+    assert correlation.abs().max() < 0.25
 
 
 def test_dropout_does_nothing_in_evaluation_or_at_a_rate_of_zero():
     x = torch.randn(2, 3, 4, 5)
-    assert torch.equal(KeyedDropout2d(0.5).eval()(x, None), x)
-    assert torch.equal(KeyedDropout2d(0.0).train()(x, None), x)
+    assert torch.equal(KeyedDropout(0.5, axes=1).eval()(x), x)
+    assert torch.equal(KeyedDropout(0.0, axes=1).train()(x), x)
 
 
 def test_every_dropout_layer_has_masks_of_its_own_that_follow_its_name():
     models = [build_model(options(dropout=0.5), 3) for _ in range(2)]
-    layers = [model.head.classifier.dropout for model in models]
+    layers = [model.decode_head.dropout for model in models]
     keys = torch.arange(3)
     assert torch.equal(dropped(layers[0], keys), dropped(layers[1], keys))
-    other = models[0].auxiliary.classifier.dropout
+    other = models[0].auxiliary_head.dropout
     assert not torch.equal(dropped(layers[0], keys), dropped(other, keys))
 
 
-@pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.Dropout2d(0.1), DropPath(0.1)])
-def test_a_random_layer_without_keys_is_refused_by_name(layer: nn.Module):
-    head = nn.Sequential(nn.Conv2d(3, 3, 1), layer)
-    with pytest.raises(ValueError, match=r"random layers without keys: head\.1;"):
-        Segmenter(nn.Identity(), head, None)
+@pytest.mark.parametrize(
+    ("layer", "axes"),
+    [(nn.Dropout(0.1), None), (nn.Dropout2d(0.1), 1), (nn.Dropout1d(0.1), 1), (DropPath(0.1), 0)],
+)
+def test_random_layers_get_keys(layer: nn.Module, axes: int | None):
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(layer))
+    (keyed,) = key_random_layers(network)
+    assert network[1][0] is keyed
+    assert (keyed.p, keyed.axes) == (0.1, axes)
+    assert keyed.salt == zlib.crc32(b"1.0")
+
+
+def test_a_random_layer_without_a_keyed_form_is_refused_by_name():
+    head = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AlphaDropout(0.1))
+    with pytest.raises(ValueError, match=r"without a keyed form: decode_head\.1;"):
+        Segmenter(nn.Identity(), None, head, None, 0.0)
 
 
 def test_a_random_layer_of_rate_zero_is_let_through():
-    salt_layers(nn.Sequential(nn.Dropout(0.0), DropPath(0.0)))
+    key_random_layers(nn.Sequential(nn.AlphaDropout(0.0)))
 
 
 def test_weights_from_a_file_are_the_ones_in_the_file(tmp_path: Path):
@@ -176,17 +279,18 @@ def test_the_packaged_weights_are_loaded_under_the_right_names():
     assert 0.01 < features[-1].detach().std() < 10
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50c", "efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50c", "efficientnet_lite0", "mit_b0"])
 def test_activation_checkpointing_changes_nothing(name: str):
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     runs = []
     for with_cp in (False, True):
         torch.manual_seed(0)
-        section = options(dropout=0.3, **{"backbone.name": name, "backbone.with_cp": with_cp})
+        rates = {"dropout": 0.3, "backbone.drop_path": 0.3}
+        section = options(**rates, **{"backbone.name": name, "backbone.with_cp": with_cp})
         model = build_model(section, 3).double().train()
         for step in range(2):
             keys = torch.tensor([step, 7])
-            loss = sum(out.square().mean() for out in model(images, keys))
+            loss = sum(out.logits.square().mean() for out in model(images, keys))
             loss.backward()
         gradients = {name: value.grad for name, value in model.named_parameters()}
         runs.append((loss.detach(), gradients, dict(model.named_buffers())))
@@ -207,5 +311,5 @@ def test_activation_checkpointing_really_recomputes_every_block():
     for name, module in model.backbone.named_modules():
         if name.endswith("conv3"):
             module.register_forward_hook(lambda *_: calls.append(1))
-    model(torch.randn(2, 3, 32, 32), torch.arange(2))[0].mean().backward()
+    model(torch.randn(2, 3, 32, 32), torch.arange(2))[0].logits.mean().backward()
     assert len(calls) == 2 * 16

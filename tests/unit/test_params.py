@@ -83,7 +83,9 @@ def test_an_unknown_name_is_answered_with_the_nearest_valid_one(
         ("augmentation.flip.vertical", 1.5, "augmentation.flip.vertical: 1.5 should be less"),
         ("augmentation.crop_size", [64, 0], "augmentation.crop_size.1: 0 should be greater"),
         ("augmentation.ratio_range", [2.0, 0.5], "augmentation.ratio_range: must be [low, high]"),
-        ("model.name", "segnet", "model.name: \"segnet\" should be 'pspnet' or 'unet'"),
+        ("model.name", "segnet", "model: name 'segnet' is unknown; did you mean"),
+        ("model.backbone.name", "resnet50", "'resnet50' is unknown; did you mean resnet50c?"),
+        ("model.backbone.name", "mit_b0", "mit_b0 has no features of stride 2, which unet needs"),
         ("model.backbone.output_stride", 4, "model.backbone.output_stride: 4 should be 8, 16 or"),
         ("train", None, "train: null should be"),
         ("data.palette", [[1, 2, 3]], "data: palette has 1 colours for 3 classes"),
@@ -102,6 +104,29 @@ def test_a_wrong_value_is_refused_by_name_with_the_rule(
     name: str, value: object, rule: str, tmp_path: Path
 ):
     assert rule in refusal(tmp_path, {name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"model.dropout": 0.1}, "model: dropout: a network of smp.* has its own"),
+        ({"model.backbone.output_stride": 8}, "model: backbone.output_stride: a network of smp.*"),
+        (
+            {"augmentation.crop_size": [96, 100]},
+            "smp.Unet is trained on sides that 32 divides; use [96, 96]",
+        ),
+    ],
+)
+def test_a_network_of_the_library_has_rules_of_its_own(
+    changes: dict[str, object], rule: str, tmp_path: Path
+):
+    assert rule in refusal(tmp_path, {"model.name": "smp.Unet"} | changes)
+
+
+@pytest.mark.parametrize("head", ["pspnet", "upernet", "deeplabv3", "deeplabv3plus"])
+def test_a_head_that_pools_to_one_pixel_needs_two_images(head: str, tmp_path: Path):
+    text = refusal(tmp_path, {"model.name": head, "train.batch_size": 2, "train.accumulation": 2})
+    assert f"the 1x1 pooling of {head} leaves batch normalisation a single value" in text
 
 
 def test_all_findings_are_told_at_once(tmp_path: Path):

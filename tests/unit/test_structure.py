@@ -103,9 +103,11 @@ def test_data_models_and_losses_do_not_know_how_many_processes_there_are(module:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_depends_on_exactly_the_code_it_reaches(stage: str):
-    declared = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
-    assert declared == reached(f"stages.{stage}") - {REPORTING}
-    assert len(declared) == sum(dep.endswith(".py") for dep in STAGES[stage]["deps"])
+    deps = [Path(dep) for dep in STAGES[stage]["deps"]]
+    folders = [file for dep in deps for file in (REPOSITORY / dep).glob("*.py")]
+    declared = [file.relative_to(REPOSITORY).as_posix() for file in folders]
+    declared += [dep.as_posix() for dep in deps if dep.suffix == ".py"]
+    assert sorted(declared) == sorted(reached(f"stages.{stage}") - {REPORTING})
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -119,8 +121,12 @@ def test_every_module_is_reached_by_a_stage():
     assert used == {path.relative_to(REPOSITORY).as_posix() for path in FILES.values()}
 
 
-def test_training_is_read_in_at_most_16_files():
-    assert len(reached("stages.train")) <= 16
+def test_training_is_read_in_at_most_20_files_whatever_the_head():
+    shared = {f"pipeline/models/{name}.py" for name in ("__init__", "backbones", "layers", "keyed")}
+    files = reached("stages.train")
+    heads = {file for file in files if file.startswith("pipeline/models/")} - shared
+    assert shared <= files
+    assert len(files - heads) + 1 <= 20
 
 
 def test_every_parameter_is_a_dependency_or_known_to_change_no_result():

@@ -1,0 +1,35 @@
+"""DeepLabV3: the coarsest features through convolutions of several dilations at once."""
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.layers import AveragePool, ConvModule, Head, resize
+from pipeline.params import ModelParams
+
+
+class DeepLabV3Head(Head):
+    """Atrous spatial pyramid pooling.
+
+    Source: https://arxiv.org/abs/1706.05587
+    """
+
+    def __init__(self, widths: list[int], num_classes: int, params: ModelParams) -> None:
+        channels, dilations = params.deeplab.channels, params.deeplab.dilations
+        super().__init__(channels, num_classes, params.dropout)
+        self.image_pool = nn.Sequential(AveragePool(1), ConvModule(widths[-1], channels, 1))
+        self.aspp_modules = nn.ModuleList(
+            self.branch(widths[-1], channels, dilation) for dilation in dilations
+        )
+        self.bottleneck = ConvModule((len(dilations) + 1) * channels, channels, 3)
+
+    def branch(self, in_channels: int, channels: int, dilation: int) -> nn.Module:
+        """One of the parallel convolutions."""
+        return ConvModule(in_channels, channels, 1 if dilation == 1 else 3, dilation)
+
+    def decode(self, features: list[Tensor]) -> Tensor:
+        """Features at the coarsest."""
+        x = features[-1]
+        pooled = resize(self.image_pool(x), x.shape[2:])
+        branches = [pooled, *(branch(x) for branch in self.aspp_modules)]
+        decoded: Tensor = self.bottleneck(torch.cat(branches, dim=1))
+        return decoded

@@ -1,0 +1,132 @@
+"""PointRend: the coarse map of a feature pyramid, corrected point by point where it is unsure.
+
+Source: https://arxiv.org/abs/1912.08193
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.keyed import Keyed
+from pipeline.models.layers import Output, resize
+from pipeline.models.semantic_fpn import CHANNELS, SemanticFPNHead
+from pipeline.params import ModelParams, PointRendParams
+
+
+class PointRendHead(nn.ModuleList):
+    """The coarse head, then the point head."""
+
+    def __init__(self, widths: list[int], num_classes: int, params: ModelParams) -> None:
+        super().__init__(
+            [
+                SemanticFPNHead(widths, num_classes, params),
+                PointHead(num_classes, params.pointrend),
+            ]
+        )
+        self.params = params.pointrend
+
+    def forward(self, features: list[Tensor]) -> list[Output]:
+        """The four levels of the pyramid -> in training the coarse map at stride 4 and the points.
+
+        In evaluation the refined map, at four times the size.
+        """
+        point_head = cast("PointHead", self[1])
+        (coarse,) = self[0](features)
+        if self.training:
+            points = point_head.draw(coarse.logits)
+            return [coarse, Output(point_head(features[0], coarse.logits, points), points)]
+        return [Output(self._refine(features[0], coarse.logits))]
+
+    def _refine(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        """Twice the size again and again, with the least certain points looked at anew."""
+        refined = coarse
+        for _ in range(self.params.subdivision_steps):
+            height, width = 2 * refined.shape[2], 2 * refined.shape[3]
+            refined = resize(refined, (height, width))
+            count = min(self.params.subdivision_points, height * width)
+            cells = uncertainty(refined.flatten(2)).topk(count, dim=1).indices
+            centres = torch.stack([cells % width, cells // width], dim=2).to(fine.dtype) + 0.5
+            points = centres / centres.new_tensor([width, height])
+            logits = self[1](fine, coarse, points)
+            places = cells[:, None].expand_as(logits)
+            refined = refined.flatten(2).scatter(2, places, logits).view_as(refined)
+        return refined
+
+
+class PointHead(Keyed):
+    """A perceptron on the fine features and the coarse logits at points."""
+
+    def __init__(self, num_classes: int, params: PointRendParams) -> None:
+        super().__init__()
+        self.params = params
+        channels = [CHANNELS, *[params.point_channels] * 3]
+        self.fcs = nn.ModuleList(
+            PointConv(width + num_classes, params.point_channels) for width in channels[:-1]
+        )
+        self.fc_seg = nn.Conv1d(channels[-1] + num_classes, num_classes, 1)
+        nn.init.normal_(self.fc_seg.weight, std=0.01)
+        nn.init.zeros_(self.fc_seg.bias)  # type: ignore[arg-type]
+
+    def forward(self, fine: Tensor, coarse: Tensor, points: Tensor) -> Tensor:
+        """Features (N,256,h,w), coarse logits (N,C,h,w), points (N,P,2) -> logits (N,C,P)."""
+        guess = sample(coarse, points)
+        x = sample(fine, points)
+        for layer in self.fcs:
+            x = layer(torch.cat([x, guess], dim=1))
+        logits: Tensor = self.fc_seg(torch.cat([x, guess], dim=1))
+        return logits
+
+    @torch.no_grad()
+    def draw(self, coarse: Tensor) -> Tensor:
+        """Points to learn from, (N,P,2): most of them the least certain of more, the rest any."""
+        count, ratio = self.params.train_points, self.params.oversample_ratio
+        chosen = int(count * self.params.importance_ratio)
+        candidates = int(count * ratio)
+        drawn = self.uniform(2 * (candidates + count - chosen)).to(coarse.dtype)
+        points = drawn.view(len(coarse), -1, 2)
+        some, rest = points[:, :candidates], points[:, candidates:]
+        least_certain = uncertainty(sample(coarse, some)).topk(chosen, dim=1).indices
+        return torch.cat([some.gather(1, least_certain[..., None].expand(-1, -1, 2)), rest], dim=1)
+
+
+class PointConv(nn.Sequential):
+    """A layer of the perceptron, the same for every point."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(in_channels, out_channels, 1)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+        self.relu = nn.ReLU(inplace=True)
+
+
+def uncertainty(logits: Tensor) -> Tensor:
+    """Second best minus best logit, (N,C,P) -> (N,P): 0 where two classes are equally likely."""
+    best, second = logits.topk(2, dim=1).values.unbind(dim=1)
+    return second - best
+
+
+def sample(x: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of (N,C,H,W) at points (N,P,2), x and y in [0,1] -> (N,C,P).
+
+    As torch's grid_sample with zeros outside and corners not aligned, which has no deterministic
+    backward on CUDA; indexing has.
+    """
+    number, channels, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    places = points * points.new_tensor([width, height]) - 0.5
+    low = places.floor()
+    share = places - low
+    total = x.new_zeros(number, points.shape[1], channels)
+    first = torch.arange(number, device=x.device)[:, None] * (height * width)
+    for right in (0, 1):
+        for down in (0, 1):
+            column, row = (low[..., 0] + right).long(), (low[..., 1] + down).long()
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            across = share[..., 0] if right else 1 - share[..., 0]
+            along = share[..., 1] if down else 1 - share[..., 1]
+            index = first + row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+            weight = (across * along * inside).to(x.dtype)
+            total = total + rows[index] * weight[..., None]
+    return total.permute(0, 2, 1)

@@ -1,0 +1,27 @@
+"""The light head of SegFormer."""
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.layers import ConvModule, Head, resize
+from pipeline.params import ModelParams
+
+
+class SegFormerHead(Head):
+    """Features of stride 4 to 32, each to as many channels, joined at stride 4.
+
+    Source: https://arxiv.org/abs/2105.15203
+    """
+
+    def __init__(self, widths: list[int], num_classes: int, params: ModelParams) -> None:
+        channels = params.segformer.channels
+        super().__init__(channels, num_classes, params.dropout)
+        self.convs = nn.ModuleList(ConvModule(width, channels, 1) for width in widths[-4:])
+        self.fusion_conv = ConvModule(4 * channels, channels, 1)
+
+    def decode(self, features: list[Tensor]) -> Tensor:
+        """Features at stride 4."""
+        size = features[-4].shape[2:]
+        levels = [resize(conv(x), size) for conv, x in zip(self.convs, features[-4:], strict=True)]
+        decoded: Tensor = self.fusion_conv(torch.cat(levels, dim=1))
+        return decoded
