@@ -86,8 +86,11 @@ class PointHead(Keyed):
         drawn = self.uniform(2 * (candidates + count - chosen)).to(coarse.dtype)
         points = drawn.view(len(coarse), -1, 2)
         some, rest = points[:, :candidates], points[:, candidates:]
-        least_certain = uncertainty(sample(coarse, some)).topk(chosen, dim=1).indices
-        return torch.cat([some.gather(1, least_certain[..., None].expand(-1, -1, 2)), rest], dim=1)
+        # Rounded, and the first of equals: where an image is flat, the last digits, which vary with
+        # the number of ranks, would choose.
+        doubt = (uncertainty(sample(coarse, some)) * 1024).round()
+        order = doubt.sort(dim=1, descending=True, stable=True).indices[:, :chosen]
+        return torch.cat([some.gather(1, order[..., None].expand(-1, -1, 2)), rest], dim=1)
 
 
 class PointConv(nn.Sequential):

@@ -58,7 +58,7 @@ def test_most_points_are_the_least_certain_of_the_candidates():
     drawn = head.uniform(2 * (120 + 10)).view(2, 130, 2)
     doubt = uncertainty(sample(coarse, drawn[:, :120]))
     least = doubt.sort(dim=1, descending=True).values[:, 29]
-    assert (uncertainty(sample(coarse, points[:, :30])) >= least[:, None]).all()
+    assert (uncertainty(sample(coarse, points[:, :30])) >= least[:, None] - 1 / 1024).all()
     assert torch.equal(points[:, 30:], drawn[:, 120:])
 
 
