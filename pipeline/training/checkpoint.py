@@ -120,7 +120,7 @@ def load_weights(
         weights, theirs = content["model"], content.get("classes", [])
     else:
         weights, theirs = foreign_weights(content, path), foreign_classes(content)
-    source = f"{path}"
+    source = str(path)
     if classes and theirs and len(theirs) != len(classes):
         source += f", of {len(theirs)} classes instead of {len(classes)},"
     fill(model, weights, source, strict)
@@ -156,8 +156,9 @@ def _compare(
     """
     if not any(name.startswith(AUXILIARY) for name in own):
         weights = {name: w for name, w in weights.items() if not name.startswith(AUXILIARY)}
-    fitting, wrong = {}, [f"{name}: missing" for name in own.keys() - weights.keys()]
-    wrong = [line for line in wrong if "num_batches_tracked" not in line]
+    missing = own.keys() - weights.keys()
+    wrong = [f"{name}: missing" for name in missing if not name.endswith("num_batches_tracked")]
+    fitting = {}
     for name, weight in weights.items():
         if name not in own:
             wrong.append(f"{name}: unknown")

@@ -16,7 +16,7 @@ from pipeline.training.foreign import Unread
 
 # Saved by mmengine 0.10.7 after four iterations of a network with these two layers and two heads:
 # Runner.train with SGD, PolyLR, EMAHook(momentum=0.5), a numpy score to save the best by, and the
-# classes background, foot and arch.
+# metainfo classes=["background", "foot", "arch"], extra={"a": 1}.
 MMENGINE = Path(__file__).parent / "data" / "mmengine.pth"
 
 
@@ -72,7 +72,9 @@ def test_a_file_of_mmengine_gives_its_averaged_weights_and_its_classes(
 
 
 def test_the_objects_of_mmengine_are_left_unread_and_mmengine_is_not_imported():
-    hub = load_file(MMENGINE)["message_hub"]
+    content = load_file(MMENGINE)
+    assert content["meta"]["dataset_meta"]["extra"] == {"a": 1}  # a ConfigDict there
+    hub = content["message_hub"]
     losses = hub["log_scalars"]["train/loss"]
     assert type(losses) is Unread
     assert vars(losses) == {}
