@@ -259,7 +259,7 @@ class TrainParams(Section):
     workers: int = Field(ge=0)
     batch_size: Positive
     accumulation: Positive
-    iterations: Positive
+    iterations: int = Field(ge=0)
     optimizer: Literal["sgd", "adamw"]
     lr: float = Field(gt=0)
     momentum: Fraction
@@ -272,6 +272,7 @@ class TrainParams(Section):
     work_dir: str = Field(min_length=1)
     resume_from: str | None
     load_from: str | None
+    load_strict: bool
     checkpoint: CheckpointParams
 
     @field_validator("work_dir")
@@ -298,7 +299,7 @@ class TrainParams(Section):
             )
         if self.resume_from and self.load_from:
             raise ValueError("resume_from and load_from exclude each other; set one of them null")
-        if self.schedule.warmup_iters >= self.iterations:
+        if 0 < self.iterations <= self.schedule.warmup_iters:
             raise ValueError(
                 f"schedule.warmup_iters {self.schedule.warmup_iters} must stay below "
                 f"iterations {self.iterations}"

@@ -14,9 +14,9 @@ from pipeline import distributed
 from pipeline.data.store import PREPARED, Store
 from pipeline.data.transforms import DTYPES
 from pipeline.models import build_model
-from pipeline.params import Params, flatten, load_params, plain
+from pipeline.params import ModelParams, Params, flatten, load_params, plain
 from pipeline.tracking import Tracker, dvc_tags, git_tags, open_training_run
-from pipeline.training.checkpoint import load_checkpoint, load_weights
+from pipeline.training.checkpoint import fill, load_checkpoint, load_weights
 from pipeline.training.loop import Progress, train
 from pipeline.training.optimization import build_optimizer
 from pipeline.training.state import State, start_file, train_fingerprint
@@ -40,7 +40,7 @@ def run(params: Params, device: torch.device) -> None:
     state = State(train_fingerprint(params, store.md5))
 
     distributed.seed_everything(options.seed, options.deterministic)
-    model = build_model(params.model, len(store.classes))
+    model = build_model(first_weights(params, state), len(store.classes))
     model.to(device, DTYPES[options.precision]).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, options)
 
@@ -48,7 +48,9 @@ def run(params: Params, device: torch.device) -> None:
         distributed.barrier()
         if first:
             open_log(Path(options.work_dir), state)
-        progress = resume(params, state, model, optimizer)
+        else:
+            log.setLevel(logging.ERROR)  # the first process says it for all
+        progress = resume(params, store, state, model, optimizer)
         tracker = open_run(params, store, state, progress) if first else Tracker()
         try:
             train(params, store, model, optimizer, progress, device, state, tracker.log)
@@ -60,18 +62,31 @@ def run(params: Params, device: torch.device) -> None:
         tracker.finish("FINISHED")
 
 
+def first_weights(params: Params, state: State) -> ModelParams:
+    """The `model` section, without pretrained weights that a checkpoint would replace at once."""
+    options, section = params.train, params.model
+    if state.load() or options.resume_from or (options.load_from and options.load_strict):
+        backbone = section.backbone.model_copy(update={"pretrained": None})
+        return section.model_copy(update={"backbone": backbone})
+    return section
+
+
 def resume(
-    params: Params, state: State, model: nn.Module, optimizer: torch.optim.Optimizer
+    params: Params,
+    store: Store,
+    state: State,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> Progress:
     """Fill the model and the optimizer from where the training starts."""
     options, saved = params.train, state.load()
     if saved is not None:
         checkpoint, history = saved
-        load_weights(model, checkpoint, "the saved state")
+        fill(model, checkpoint["model"], "the saved state")
     elif options.resume_from:
         path = start_file(options.resume_from, params)
         checkpoint, history = load_checkpoint(path), []
-        load_weights(model, checkpoint, str(path))
+        fill(model, checkpoint["model"], str(path))
         trained = checkpoint["params"]["train"]["optimizer"]
         if trained != options.optimizer:
             raise ValueError(
@@ -86,7 +101,7 @@ def resume(
     else:
         if options.load_from:
             path = start_file(options.load_from, params)
-            load_weights(model, load_checkpoint(path), str(path))
+            load_weights(model, path, options.load_strict, store.classes)
         return Progress()
     # What the parameters say of momentum and decay holds, whatever the checkpoint was trained with.
     groups = optimizer.state_dict()["param_groups"]

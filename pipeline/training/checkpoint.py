@@ -1,15 +1,22 @@
 """Checkpoints: what they hold, and how they get to disk whole or not at all."""
 
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.training.foreign import foreign_classes, foreign_weights, read_safely
+
+log = logging.getLogger("instep")
+
 Checkpoint = dict[str, Any]
+OWN = {"model", "optimizer", "iteration", "best", "params"}  # by these a file is one of ours
+AUXILIARY = "auxiliary_head."
 
 
 def build_checkpoint(
@@ -70,14 +77,11 @@ def load_file(path: Path) -> dict[str, Any]:
     """Read tensors and plain data on the CPU, without running anything that may be in the file.
 
     Raises:
-        ValueError: the file is missing, broken, or holds anything else.
+        ValueError: the file is missing, broken, or holds what could run.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different kind for each way of being broken
-        raise ValueError(f"{path}: not a checkpoint that can be loaded safely: {error}") from error
+    content = read_safely(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
     return content
@@ -90,28 +94,77 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ValueError: the file is missing, broken or no such checkpoint.
     """
     checkpoint = load_file(path)
-    missing = {"model", "optimizer", "iteration", "best", "params"} - checkpoint.keys()
+    missing = OWN - checkpoint.keys()
     if missing:
-        raise ValueError(f"{path}: not a checkpoint of this tool: no {', '.join(sorted(missing))}")
+        raise ValueError(
+            f"{path}: not a checkpoint of this tool: no {', '.join(sorted(missing))}; the weights "
+            "of another tool can be started from by train.load_from, not gone on with"
+        )
     return checkpoint
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint, source: str) -> None:
-    """Load the weights of a checkpoint into a model; `source` names it in the error.
+def load_weights(
+    model: nn.Module, path: Path, strict: bool = True, classes: Sequence[str] = ()
+) -> None:
+    """Load the weights of a checkpoint, ours or MMSegmentation's, told apart by their content.
+
+    Not `strict`: what does not fit is left as it is in the model, and logged. `classes` are the
+    names of the model's classes; a warning says which of them have another name in the file.
 
     Raises:
-        ValueError: lists the tensors that are missing, unknown or of another shape.
+        ValueError: the file can't be read, or lists the weights that are missing, unknown or of
+            another shape; if not `strict`, only where no weight fits.
     """
-    weights: dict[str, Tensor] = checkpoint["model"]
-    own = model.state_dict()
-    wrong = [f"{name}: missing" for name in own.keys() - weights.keys()]
-    wrong += [f"{name}: unknown" for name in weights.keys() - own.keys()]
-    wrong += [
-        f"{name}: {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-        for name in own.keys() & weights.keys()
-        if weights[name].shape != own[name].shape
-    ]
+    content = load_file(path)
+    if content.keys() >= OWN:
+        weights, theirs = content["model"], content.get("classes", [])
+    else:
+        weights, theirs = foreign_weights(content, path), foreign_classes(content)
+    source = str(path)
+    if classes and theirs and len(theirs) != len(classes):
+        source += f", of {len(theirs)} classes instead of {len(classes)},"
+    fill(model, weights, source, strict)
+    pairs = enumerate(zip(theirs, classes))
+    renamed = [f"{i} is {there!r}, here {here!r}" for i, (there, here) in pairs if there != here]
+    if renamed and len(theirs) == len(classes):
+        log.warning("%s has other names for classes: %s", path, "; ".join(renamed))
+
+
+def fill(model: nn.Module, weights: dict[str, Tensor], source: str, strict: bool = True) -> None:
+    """Load weights by name and shape as `load_weights` does; `source` names them in the error."""
+    fitting, wrong = _compare(model.state_dict(), weights)
+    listed = "\n".join(f"  {line}" for line in sorted(wrong))
+    if wrong and strict:
+        raise ValueError(
+            f"{source} does not fit the model of params.yaml:\n{listed}\n"
+            "change the model, or take what fits: train.load_from with train.load_strict: false"
+        )
+    if not fitting:
+        raise ValueError(f"{source} has no weight of the model of params.yaml:\n{listed}")
     if wrong:
-        listed = "\n".join(f"  {line}" for line in sorted(wrong))
-        raise ValueError(f"{source} does not fit the model of params.yaml:\n{listed}")
-    model.load_state_dict(weights)
+        log.warning("%s is loaded but for what does not fit:\n%s", source, listed)
+    model.load_state_dict(fitting, strict=False)
+
+
+def _compare(
+    own: dict[str, Tensor], weights: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights that fit, and a line for each that does not.
+
+    A count of batches may be missing, no result follows from it; an auxiliary head may be left
+    over, a model that is only measured has none.
+    """
+    if not any(name.startswith(AUXILIARY) for name in own):
+        weights = {name: w for name, w in weights.items() if not name.startswith(AUXILIARY)}
+    missing = own.keys() - weights.keys()
+    wrong = [f"{name}: missing" for name in missing if not name.endswith("num_batches_tracked")]
+    fitting = {}
+    for name, weight in weights.items():
+        if name not in own:
+            wrong.append(f"{name}: unknown")
+        elif weight.shape != own[name].shape:
+            shapes = tuple(weight.shape), tuple(own[name].shape)
+            wrong.append(f"{name}: {shapes[0]} in the file, {shapes[1]} in the model")
+        else:
+            fitting[name] = weight
+    return fitting, wrong

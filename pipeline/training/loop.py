@@ -140,6 +140,8 @@ def train(
                 state.save_best(checkpoint)
             state.save(checkpoint, progress.history)
         waiting = time.perf_counter()
+    if main and options.iterations == 0:  # the weights as they were loaded
+        state.save(build_checkpoint(model, optimizer, 0, meta | {"best": None}), [])
     bar.close()
 
 

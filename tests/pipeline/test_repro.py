@@ -186,3 +186,22 @@ def test_training_goes_on_from_a_checkpoint_or_starts_from_its_weights(project: 
     dvc(project, "repro")
     assert not (project / "outputs/checkpoints/best.pt").exists()
     assert metrics(project)["mean_iou"] >= 0
+
+
+def test_a_checkpoint_of_mmsegmentation_is_measured_without_training(project: Path) -> None:
+    trained = torch.load(project / "outputs/checkpoints/last.pt", weights_only=True)
+    weights = {f"module.{name}": weight for name, weight in trained["model"].items()}
+    meta = {"CLASSES": ("background", "foot", "arch"), "PALETTE": [[0, 0, 0]] * 3}
+    torch.save({"meta": meta, "state_dict": weights}, project / "pspnet.pth")
+    before = metrics(project)
+    set_params(project, {"train.load_from": "pspnet.pth", "train.iterations": 0})
+    set_params(project, {"train.validate": True})  # there is no iteration to validate after
+    dvc(project, "repro")
+    assert metrics(project) == before
+    measured = torch.load(project / "outputs/checkpoints/last.pt", weights_only=True)
+    assert measured["iteration"] == 0
+    assert all(measured["model"][name].equal(w) for name, w in trained["model"].items())
+    assert {path.name for path in (project / "outputs/checkpoints").iterdir()} == {"last.pt"}
+    run_id = json.loads((project / "outputs/run.json").read_text())["run_id"]
+    assert parameters(project, run_id)["train.load_from"] == "pspnet.pth"
+    assert points(project, run_id)["test/mean_iou", 0] == before["mean_iou"]

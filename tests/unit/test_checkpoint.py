@@ -16,9 +16,9 @@ from torch import nn
 from pipeline.training import state as state_module
 from pipeline.training.checkpoint import (
     build_checkpoint,
+    fill,
     load_checkpoint,
     load_file,
-    load_weights,
     save_checkpoint,
     write_atomically,
 )
@@ -74,7 +74,7 @@ def test_a_round_trip_through_a_file_keeps_every_byte(kind: type, tmp_path: Path
     with torch.no_grad():
         for value in again.parameters():
             value.zero_()
-    load_weights(again, loaded, "a.pt")
+    fill(again, loaded["model"], "a.pt")
     steps.load_state_dict(loaded["optimizer"])
     rest = {name: loaded[name] for name in meta}
     second = build_checkpoint(again, steps, loaded["iteration"], rest)
@@ -121,7 +121,7 @@ def test_a_malicious_file_is_refused_and_its_payload_does_not_run(zipped: bool, 
     path, trap = tmp_path / "evil.pt", tmp_path / "trap"
     content = {"model": {}, "iteration": Payload(trap)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"evil\.pt: not a checkpoint that can be loaded safely"):
+    with pytest.raises(ValueError, match=r"evil\.pt: .* it names posix\.mkdir,"):
         load_checkpoint(path)
     assert not trap.exists()
     torch.load(path, weights_only=False)
@@ -143,7 +143,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path):
     with pytest.raises(ValueError, match=r"list\.pt: not a checkpoint: it holds a list"):
         load_file(tmp_path / "list.pt")
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"weights\.pt: not a checkpoint of this tool"):
+    with pytest.raises(ValueError, match=r"weights\.pt: not a checkpoint of this tool.*load_from"):
         load_checkpoint(tmp_path / "weights.pt")
     with zipfile.ZipFile(tmp_path / "other.pt", "w") as file:
         file.writestr("a.txt", "text")
@@ -158,8 +158,8 @@ def test_weights_that_do_not_fit_are_listed_with_their_shapes_and_none_is_loaded
     checkpoint["model"]["2.weight"] = checkpoint["model"].pop("1.weight") + 1
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"x\.pt does not fit the model") as caught:
-        load_weights(model, checkpoint, "x.pt")
-    assert str(caught.value).splitlines()[1:] == [
+        fill(model, checkpoint["model"], "x.pt")
+    assert str(caught.value).splitlines()[1:-1] == [
         "  0.weight: (5, 3, 3, 3) in the file, (4, 3, 3, 3) in the model",
         "  1.weight: missing",
         "  2.weight: unknown",

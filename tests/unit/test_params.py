@@ -78,6 +78,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_valid_one(
         ("train.lr", "1e-3", 'train.lr: "1e-3" should be a valid number'),
         ("train.lr", 0, "train.lr: 0 should be greater than 0"),
         ("train.momentum", 1.0, "train.momentum: 1.0 should be less than 1"),
+        ("train.iterations", -1, "train.iterations: -1 should be greater than or equal to 0"),
         ("train.workers", -1, "train.workers: -1 should be greater than or equal to 0"),
         ("train.lr", math.inf, "train.lr: Infinity should be a finite number"),
         ("augmentation.flip.vertical", 1.5, "augmentation.flip.vertical: 1.5 should be less"),
@@ -164,6 +165,12 @@ def test_a_pspnet_refuses_microbatches_of_one_image(tmp_path: Path):
         json.dumps(document(changes | {"model.pspnet.pool_scales": [2, 3]})), encoding="utf-8"
     )
     assert load_params(tmp_path / "params.yaml").model.pspnet.pool_scales == (2, 3)
+
+
+def test_without_iterations_there_is_nothing_to_warm_up(tmp_path: Path):
+    changes = {"train.iterations": 0, "train.schedule.warmup_iters": 60}
+    (tmp_path / "params.yaml").write_text(json.dumps(document(changes)), encoding="utf-8")
+    assert load_params(tmp_path / "params.yaml").train.iterations == 0
 
 
 def test_two_files_to_start_from_exclude_each_other(tmp_path: Path):

@@ -1,0 +1,242 @@
+"""Checkpoints of others: told apart by content, read without their code, matched by name."""
+
+import builtins
+import logging
+import sys
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.training.checkpoint import build_checkpoint, load_file, load_weights, save_checkpoint
+from pipeline.training.foreign import Unread
+
+# Saved by mmengine 0.10.7 after four iterations of a network with these two layers and two heads:
+# Runner.train with SGD, PolyLR, EMAHook(momentum=0.5), a numpy score to save the best by, and the
+# metainfo classes=["background", "foot", "arch"], extra={"a": 1}.
+MMENGINE = Path(__file__).parent / "data" / "mmengine.pth"
+
+
+class Head(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv_seg = nn.Conv2d(2, num_classes, 1)
+
+
+class Tiny(nn.Module):
+    """The network of that file, its stem under timm's names."""
+
+    def __init__(self, num_classes: int = 3, auxiliary: bool = True) -> None:
+        super().__init__()
+        self.backbone = nn.Module()
+        self.backbone.conv1 = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False), nn.BatchNorm2d(2))
+        self.decode_head = Head(num_classes)
+        self.auxiliary_head = Head(num_classes) if auxiliary else None
+
+
+def theirs(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the model's weights, each moved by one, under MMSegmentation's names."""
+    weights = model.state_dict()
+    return OrderedDict((n.replace("conv1", "stem"), w + 1) for n, w in weights.items())
+
+
+def saved(content: object, folder: Path, **options: bool) -> Path:
+    torch.save(content, folder / "given.pth", **options)
+    return folder / "given.pth"
+
+
+def same(model: nn.Module, weights: dict[str, Tensor]) -> bool:
+    own = {name.replace("conv1", "stem"): value for name, value in model.state_dict().items()}
+    return own.keys() == weights.keys() and all(own[n].equal(w) for n, w in weights.items())
+
+
+def test_a_file_of_mmengine_gives_its_averaged_weights_and_its_classes(
+    caplog: pytest.LogCaptureFixture,
+):
+    model = Tiny()
+    load_weights(model, MMENGINE, classes=("background", "foot", "arch"))
+    assert caplog.records == []
+    # What the hook's averaged model and the model itself held when mmengine ended.
+    average = torch.tensor([0.0023, 0.5269, -0.0735, 0.1917, -0.2192, -0.1098])
+    source = torch.tensor([0.0041, 0.5221, -0.0748, 0.1925, -0.2197, -0.1058])
+    loaded = model.decode_head.conv_seg.weight.detach().flatten()
+    torch.testing.assert_close(loaded, average, atol=1e-4, rtol=0)
+    content = load_file(MMENGINE)
+    other = content["ema_state_dict"]["module.decode_head.conv_seg.weight"].flatten()
+    torch.testing.assert_close(other, source, atol=1e-4, rtol=0)
+    load_weights(model, MMENGINE, classes=("background", "leg", "arch"))
+    assert caplog.messages == [f"{MMENGINE} has other names for classes: 1 is 'foot', here 'leg'"]
+
+
+def test_the_objects_of_mmengine_are_left_unread_and_mmengine_is_not_imported():
+    content = load_file(MMENGINE)
+    assert content["meta"]["dataset_meta"]["extra"] == {"a": 1}  # a ConfigDict there
+    hub = content["message_hub"]
+    losses = hub["log_scalars"]["train/loss"]
+    assert type(losses) is Unread
+    assert vars(losses) == {}
+    assert hub["runtime_info"]["max_iters"] == 4
+    assert type(hub["runtime_info"]["best_score"]) is Unread  # a scalar of numpy
+    assert "mmengine" not in sys.modules
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_file_of_mmsegmentation_0_is_read(prefix: str, zipped: bool, tmp_path: Path):
+    model = Tiny()
+    weights = theirs(model)
+    content = {
+        "meta": {
+            "CLASSES": ("a", "b", "c"),
+            "PALETTE": [[0, 0, 0], [1, 1, 1], [2, 2, 2]],
+            "config": "model = dict()",
+            "hook_msgs": {"best_score": np.float64(0.5)},
+            "areas": np.arange(3),
+            "counts": defaultdict(list, {"a": [1]}),
+        },
+        "state_dict": OrderedDict((prefix + name, weight) for name, weight in weights.items()),
+        "optimizer": torch.optim.SGD(model.parameters(), 0.1, momentum=0.9).state_dict(),
+    }
+    path = saved(content, tmp_path, _use_new_zipfile_serialization=zipped)
+    assert load_file(path)["meta"]["counts"] == {"a": [1]}
+    load_weights(model, path)
+    assert same(model, weights)
+
+
+def test_arrays_of_numpy_1_are_known_by_their_old_names(tmp_path: Path):
+    arrays = {"score": np.float64(0.5), "areas": np.arange(3)}
+    path = saved(arrays, tmp_path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    assert content.count(b"numpy._core.multiarray") == 2
+    path.write_bytes(content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert {type(value) for value in load_file(path).values()} == {Unread}
+
+
+def test_the_second_copy_that_mmcv_keeps_for_averaging_is_left_out(tmp_path: Path):
+    model = Tiny()
+    weights = theirs(model)
+    copies = {f"ema_{name.replace('.', '_')}": weight * 2 for name, weight in weights.items()}
+    load_weights(model, saved({"state_dict": weights | copies}, tmp_path))
+    assert same(model, weights)
+
+
+def test_a_bare_state_dict_is_known_by_its_tensors(tmp_path: Path):
+    model = Tiny()
+    weights = theirs(model)
+    load_weights(model, saved(weights, tmp_path))
+    assert same(model, weights)
+    with pytest.raises(ValueError, match=r"given\.pth: no weights: .* nor a state_dict itself"):
+        load_weights(model, saved({**weights, "iteration": 3}, tmp_path))
+
+
+def test_a_checkpoint_of_this_tool_is_known_by_its_content(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    model, other = Tiny(), Tiny()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    meta = {"best": None, "params": {}, "classes": ["a", "b", "c"]}
+    save_checkpoint(build_checkpoint(model, optimizer, 7, meta), tmp_path / "last.pth")
+    load_weights(other, tmp_path / "last.pth", classes=("a", "c", "b"))
+    assert all(other.state_dict()[name].equal(w) for name, w in model.state_dict().items())
+    assert "1 is 'b', here 'c'; 2 is 'c', here 'b'" in caplog.text
+
+
+def test_an_auxiliary_head_and_the_counts_of_batches_are_not_needed(tmp_path: Path):
+    model = Tiny(auxiliary=False)
+    weights = theirs(Tiny())
+    assert weights.pop("backbone.stem.1.num_batches_tracked") == 1
+    load_weights(model, saved(weights, tmp_path))
+    assert model.state_dict()["decode_head.conv_seg.bias"].equal(
+        weights["decode_head.conv_seg.bias"]
+    )
+    assert model.state_dict()["backbone.conv1.1.num_batches_tracked"] == 0
+
+
+def test_all_that_does_not_fit_is_one_error_and_nothing_is_loaded(tmp_path: Path):
+    model = Tiny(num_classes=4)
+    before = theirs(model)
+    weights = theirs(Tiny(num_classes=3, auxiliary=False))
+    weights["neck.conv.weight"] = weights.pop("backbone.stem.1.running_var")
+    content = {"state_dict": weights, "meta": {"dataset_meta": {"classes": ("a", "b", "c")}}}
+    path = saved(content, tmp_path)
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        load_weights(model, path, classes=("a", "b", "c", "d"))
+    assert str(caught.value).splitlines() == [
+        f"{path}, of 3 classes instead of 4, does not fit the model of params.yaml:",
+        "  auxiliary_head.conv_seg.bias: missing",
+        "  auxiliary_head.conv_seg.weight: missing",
+        "  backbone.conv1.1.running_var: missing",
+        "  decode_head.conv_seg.bias: (3,) in the file, (4,) in the model",
+        "  decode_head.conv_seg.weight: (3, 2, 1, 1) in the file, (4, 2, 1, 1) in the model",
+        "  neck.conv.weight: unknown",
+        "change the model, or take what fits: train.load_from with train.load_strict: false",
+    ]
+    assert all(before[name].equal(weight) for name, weight in theirs(model).items())
+
+
+def test_not_strict_the_rest_is_loaded_and_the_classifier_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    model = Tiny(num_classes=4, auxiliary=False)
+    before = model.decode_head.conv_seg.weight.detach().clone()
+    weights = theirs(Tiny(num_classes=3))
+    path = saved({"state_dict": weights, "meta": {"CLASSES": ("a", "b", "c")}}, tmp_path)
+    load_weights(model, path, strict=False, classes=("a", "b", "x", "d"))
+    assert model.decode_head.conv_seg.weight.equal(before)
+    own = model.state_dict()
+    assert own["backbone.conv1.0.weight"].equal(weights["backbone.stem.0.weight"])
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("instep", logging.WARNING)
+    assert record.getMessage().splitlines()[1:] == [
+        "  decode_head.conv_seg.bias: (3,) in the file, (4,) in the model",
+        "  decode_head.conv_seg.weight: (3, 2, 1, 1) in the file, (4, 2, 1, 1) in the model",
+    ]
+    with pytest.raises(ValueError, match=r"has no weight of the model of params\.yaml:\n"):
+        load_weights(nn.Sequential(nn.Linear(2, 2)), path, strict=False)
+
+
+class Payload:
+    """Pickled as a call."""
+
+    def __init__(self, *call: object) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple:
+        return self.call[0], self.call[1:]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_could_run_is_refused_by_name_and_does_not_run(zipped: bool, tmp_path: Path):
+    trap = tmp_path / "trap"
+    code = f"__import__('os').mkdir({str(trap)!r})"
+    weights = theirs(Tiny())
+    for call, name in (((eval, code), "eval"), ((builtins.exec, code), "exec")):
+        content = {"state_dict": weights, "meta": Payload(*call)}
+        path = saved(content, tmp_path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(
+            ValueError, match=rf"given\.pth: .* it names {name}, .* trust"
+        ) as caught:
+            load_weights(Tiny(), path)
+        assert "weights_only" not in str(caught.value)  # no advice to load it in another way
+        assert not trap.exists()
+    torch.load(path, weights_only=False)
+    assert trap.exists()  # the file was dangerous indeed
+
+
+def test_getattr_looks_nothing_up_and_gives_nothing_to_call(tmp_path: Path):
+    path = saved({"method": OrderedDict.fromkeys}, tmp_path)
+    assert b"getattr" in path.read_bytes()
+    assert type(load_file(path)["method"]) is Unread
+    with pytest.raises(ValueError, match=r"given\.pth: .* call reduce for unrecognized function"):
+        load_file(saved({"call": Payload(OrderedDict.fromkeys, "ab")}, tmp_path))
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
+def test_a_truncated_file_of_mmengine_is_refused_by_name(kept: float, tmp_path: Path):
+    whole = MMENGINE.read_bytes()
+    (tmp_path / "part.pth").write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(ValueError, match=r"part\.pth: not a checkpoint that can be loaded safely"):
+        load_weights(Tiny(), tmp_path / "part.pth")
