@@ -216,6 +216,7 @@ class TrainParams(Section):
     momentum: Fraction
     weight_decay: float = Field(ge=0)
     schedule: ScheduleParams
+    rare_class_temperature: Annotated[float, Field(gt=0)] | None
     precision: Literal["fp32", "fp64", "bf16"]
     seed: int = Field(ge=0, lt=2**32)
     deterministic: bool
