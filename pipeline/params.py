@@ -266,6 +266,7 @@ class EvaluationParams(Section):
     crop: Size
     stride: Size
     split: Literal["val", "test"]
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
     flip: bool
     batch_size: Positive
 

@@ -85,7 +85,7 @@ def load_predictor(params: Params, checkpoint: Checkpoint, device: torch.device)
     load_weights(model, checkpoint, "the checkpoint")
     scale = trained["augmentation"]["scale"]
     predictor = build_predictor(model, device, precision, model_params, scale, params.evaluation)
-    return replace(predictor, flip=params.evaluation.flip)
+    return replace(predictor, scales=params.evaluation.scales, flip=params.evaluation.flip)
 
 
 def record(

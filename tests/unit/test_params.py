@@ -78,6 +78,8 @@ def test_an_unknown_name_is_answered_with_the_nearest_valid_one(
         ("train.lr", "1e-3", 'train.lr: "1e-3" should be a valid number'),
         ("train.lr", 0, "train.lr: 0 should be greater than 0"),
         ("train.momentum", 1.0, "train.momentum: 1.0 should be less than 1"),
+        ("evaluation.scales", [1.0, 0], "evaluation.scales.1: 0 should be greater than 0"),
+        ("evaluation.scales", [], "evaluation.scales: [] "),
         ("train.rare_class_temperature", 0, "train.rare_class_temperature: 0 should be greater"),
         ("train.workers", -1, "train.workers: -1 should be greater than or equal to 0"),
         ("train.lr", math.inf, "train.lr: Infinity should be a finite number"),
