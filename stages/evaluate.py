@@ -54,12 +54,12 @@ def run(params: Params, device: torch.device) -> None:
     predictor = load_predictor(params, checkpoint, device)
 
     num_classes, ignore_index = len(store.classes), store.ignore_index
-    confusion, image_scores = evaluate(
-        predictor, split, num_classes, ignore_index, params.evaluation.batch_size
+    confusion, boundary, image_scores = evaluate(
+        predictor, split, num_classes, ignore_index, params.evaluation.batch_size, boundaries=True
     )
     if distributed.rank() != 0:
         return
-    scores = summarize(confusion, store.classes)
+    scores = summarize(confusion, store.classes, boundary)
     colour = colour_rule(store.split("train"), split, num_classes, ignore_index)
     rule = summarize(colour, store.classes)
     scores["baseline"] = {name: rule[name] for name in ("mean_iou", "pixel_accuracy", "iou")}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pipeline import distributed
 from pipeline.data.store import Split
 from pipeline.data.transforms import DTYPES, autocast, normalize, resized
-from pipeline.evaluation.metrics import Matrix, confusion_matrix, mean_iou
+from pipeline.evaluation.metrics import Matrix, boundary_areas, confusion_matrix, mean_iou
 from pipeline.params import EvaluationParams, ModelParams
 
 Array = NDArray[np.uint8]
@@ -158,19 +158,31 @@ def build_predictor(
 
 
 def evaluate(
-    predictor: Predictor, split: Split, num_classes: int, ignore_index: int, batch_size: int = 1
-) -> tuple[Matrix, list[tuple[int, float]]]:
-    """The confusion matrix of a split, (C,C) int64, and the mean IoU of every image by its index.
+    predictor: Predictor,
+    split: Split,
+    num_classes: int,
+    ignore_index: int,
+    batch_size: int = 1,
+    boundaries: bool = False,
+) -> tuple[Matrix, Matrix, list[tuple[int, float]]]:
+    """Sums over a split, and the mean IoU of every image by its index.
 
-    Every image is measured on exactly one rank, and the result is the same on each.
+    The sums are the confusion matrix, (C,C) int64, and the `boundary_areas`, (2,C) int64, which
+    are zero unless asked for. Every image is measured on exactly one rank, and the result is the
+    same on each.
     """
     own = list(range(distributed.rank(), len(split), distributed.world_size()))
-    total = np.zeros((num_classes, num_classes), np.int64)
+    total, boundary = (np.zeros((rows, num_classes), np.int64) for rows in (num_classes, 2))
     scores = []
     for index, target, prediction in predictions(predictor, split, own, batch_size):
         confusion = confusion_matrix(target, prediction, num_classes, ignore_index)
         scores.append((index, mean_iou(confusion)))
         total += confusion
-    summed = distributed.sum_over_ranks(torch.from_numpy(total).to(predictor.device))
+        if boundaries:
+            boundary += boundary_areas(target, prediction, num_classes, ignore_index)
+    total, boundary = (
+        distributed.sum_over_ranks(torch.from_numpy(sums).to(predictor.device)).cpu().numpy()
+        for sums in (total, boundary)
+    )
     gathered = distributed.gather_objects(scores)
-    return summed.cpu().numpy(), sorted(score for part in gathered for score in part)
+    return total, boundary, sorted(score for part in gathered for score in part)

@@ -118,7 +118,7 @@ def train(
         improved = False
         if validate:
             pause = time.perf_counter()
-            confusion, _ = evaluate(predictor, validation, len(store.classes), store.ignore_index)
+            confusion, *_ = evaluate(predictor, validation, len(store.classes), store.ignore_index)
             parallel.train()
             scores = summarize(confusion, store.classes)
             entry |= {f"val/{name}": value for name, value in flatten(scores).items()}

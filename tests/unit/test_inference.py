@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.data.store import Entry, Split
 from pipeline.evaluation.inference import Predictor, evaluate, predictions, slide
-from pipeline.evaluation.metrics import confusion_matrix, mean_iou
+from pipeline.evaluation.metrics import boundary_areas, confusion_matrix, mean_iou
 
 
 class Stub(nn.Module):
@@ -203,13 +203,15 @@ def test_batches_hold_one_size_and_change_no_prediction(split: Split):
 
 def test_an_evaluation_sums_every_image_once(split: Split):
     model = Stub()
-    matrices = [
-        confusion_matrix(split[i][1], predictor(model).predict([split[i][0]])[0], 4, 255)
-        for i in range(7)
-    ]
+    pairs = [(split[i][1], predictor(model).predict([split[i][0]])[0]) for i in range(7)]
+    matrices = [confusion_matrix(*pair, 4, 255) for pair in pairs]
     expected = sum(matrices)
-    confusion, scores = evaluate(predictor(model), split, 4, 255)
+    confusion, boundary, scores = evaluate(predictor(model), split, 4, 255)
     assert np.array_equal(confusion, expected)
+    assert not boundary.any()
+    confusion, boundary, _ = evaluate(predictor(model), split, 4, 255, 2, boundaries=True)
+    assert np.array_equal(confusion, expected)
+    assert np.array_equal(boundary, sum(boundary_areas(*pair, 4, 255) for pair in pairs))
     assert scores == [(index, mean_iou(matrix)) for index, matrix in enumerate(matrices)]
     assert expected.sum() == sum(height * width - 1 for height, width in SIZES)
 
