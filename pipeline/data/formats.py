@@ -189,7 +189,8 @@ class Cityscapes(Pairs):
 class VOC(Pairs):
     """VOC2012: JPEGImages/ and SegmentationClass/, by the lists in ImageSets/Segmentation/.
 
-    Id 255 is the border between objects. The labels of test are not public.
+    Id 255 is the border between objects. The labels of test are not public. Other labels for the
+    same images, such as SegmentationClassAug, are `pairs` with splits.source: files.
     Source: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/
     """
 
