@@ -110,9 +110,10 @@ def _mosaic() -> tuple[Array, Array]:
 class Pairs:
     """Any folder of images beside any folder of targets, matched by path and stem.
 
-    With given splits the first folder below each is `train`, `val` or `test`. Targets are PNG, BMP
-    or TIFF of class ids, grey or palette, or of the colours in data.color_map. Pixels are taken as
-    stored: an EXIF rotation is applied neither to the image nor to the target.
+    With given splits the first folder below each is `train`, `val` or `test`; with files the root's
+    train.txt, val.txt and test.txt name the images. Targets are PNG, BMP or TIFF of class ids, grey
+    or palette, or of the colours in data.color_map. Pixels are taken as stored: an EXIF rotation is
+    applied neither to the image nor to the target.
     """
 
     params: DataParams

@@ -317,6 +317,13 @@ def test_a_folder_without_a_usable_file_is_named(tmp_path: Path):
     )
 
 
+def test_without_images_the_lists_are_not_blamed(tmp_path: Path):
+    voc(tmp_path)
+    (tmp_path / "JPEGImages").rename(tmp_path / "JPEGs")
+    (line,) = read_layout(layout(tmp_path, "voc"))[1]
+    assert line.startswith("JPEGImages: no such folder; data.root and, for pairs")
+
+
 def test_the_folds_of_a_data_set_cover_it(tmp_path: Path):
     for number in range(10):
         write(tmp_path, f"{number}", photo(number), labels())
