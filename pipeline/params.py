@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Size = tuple[Positive, Positive]
 Grey = Annotated[int, Field(ge=0, le=255)]
@@ -49,11 +48,13 @@ class Section(BaseModel):
 class SplitsParams(Section):
     """Where train, val and test come from."""
 
-    source: Literal["given", "drawn"]
-    val: Share
-    test: Share
+    source: Literal["given", "drawn", "files"]
+    val: Fraction
+    test: Fraction
     seed: int = Field(ge=0)
     group_by: str | None
+    folds: Annotated[int, Field(ge=2)] | None
+    fold: int = Field(ge=0)
 
     @field_validator("group_by")
     @classmethod
@@ -70,19 +71,36 @@ class SplitsParams(Section):
             raise ValueError(f"val + test is {self.val + self.test:g}; it must stay below 1")
         return self
 
+    @model_validator(mode="after")
+    def _fold_is_one_of_the_folds(self) -> Self:
+        if self.folds is not None and self.source != "drawn":
+            raise ValueError(f"folds are drawn, and source is {self.source}; use `drawn`, or null")
+        if self.fold >= (self.folds or 1):
+            last = f"at most {self.folds - 1}" if self.folds else "0, or give the number of folds"
+            raise ValueError(f"fold {self.fold} of {self.folds} folds; use {last}")
+        return self
+
 
 class DataParams(Section):
     """What `prepare` reads and what it is called."""
 
     name: str = Field(min_length=1)
-    format: Literal["bluemarble", "pairs"]
+    format: Literal["bluemarble", "pairs", "ade20k", "cityscapes", "voc"]
     root: str = Field(min_length=1)
     images: str = Field(min_length=1)
     targets: str = Field(min_length=1)
+    target_suffixes: tuple[str, ...] = Field(min_length=1)
+    color_map: tuple[Colour, ...] | None
     classes: tuple[str, ...] = Field(min_length=2, max_length=255)
     palette: tuple[Colour, ...]
     ignore_index: Grey
+    reduce_zero_label: bool
     splits: SplitsParams
+
+    @property
+    def num_ids(self) -> int:
+        """The number of ids in the files, ignore_index aside."""
+        return len(self.classes) + self.reduce_zero_label
 
     @model_validator(mode="after")
     def _classes_agree(self) -> Self:
@@ -93,14 +111,38 @@ class DataParams(Section):
                 f"palette has {len(self.palette)} colours for {len(self.classes)} classes; "
                 "give one [red, green, blue] a class"
             )
-        if self.ignore_index < len(self.classes):
+        if self.ignore_index < self.num_ids:
+            name = self.classes[min(self.ignore_index, len(self.classes) - 1)]
             raise ValueError(
-                f"ignore_index {self.ignore_index} is the id of class "
-                f"{self.classes[self.ignore_index]!r}; use 255 or another id "
-                f"from {len(self.classes)} up"
+                f"ignore_index {self.ignore_index} is the id of class {name!r}; use 255 or "
+                f"another id from {self.num_ids} up"
             )
-        if self.format == "bluemarble" and self.splits.source == "drawn":
-            raise ValueError("splits.source: bluemarble is split by longitude; use `given`")
+        return self
+
+    @model_validator(mode="after")
+    def _colours_agree(self) -> Self:
+        if self.color_map is None:
+            return self
+        if len(set(self.color_map)) != len(self.color_map):
+            raise ValueError("color_map: every colour must stand once")
+        if len(self.color_map) != self.num_ids:
+            raise ValueError(
+                f"color_map has {len(self.color_map)} colours for {self.num_ids} ids; give one "
+                "[red, green, blue] a class, and with reduce_zero_label first the one to ignore"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layout_is_the_formats(self) -> Self:
+        if self.format == "pairs":
+            return self
+        if self.splits.source != "given":
+            raise ValueError(f"splits.source: {self.format} has splits of its own; use `given`")
+        if self.color_map is not None or self.target_suffixes != ("",):
+            raise ValueError(
+                f"color_map and target_suffixes are for format pairs, and format is {self.format}; "
+                'use null and [""]'
+            )
         return self
 
 
@@ -265,6 +307,7 @@ class TrainParams(Section):
     momentum: Fraction
     weight_decay: float = Field(ge=0)
     schedule: ScheduleParams
+    rare_class_temperature: Annotated[float, Field(gt=0)] | None
     precision: Literal["fp32", "fp64", "bf16"]
     seed: int = Field(ge=0, lt=2**32)
     deterministic: bool
@@ -315,6 +358,7 @@ class EvaluationParams(Section):
     crop: Size
     stride: Size
     split: Literal["val", "test"]
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
     flip: bool
     batch_size: Positive
 

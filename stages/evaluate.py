@@ -27,6 +27,13 @@ METRICS = Path("metrics.json")
 def main() -> None:
     """Check the parameters, then evaluate here or hand over to torchrun."""
     params = load_params()
+    split = params.evaluation.split
+    if not len(Store(PREPARED).split(split)):
+        other = "val" if split == "test" else "test"
+        raise ValueError(
+            f"evaluation.split: {split}, but the data set has no labelled {split} image; use "
+            f"evaluation.split: {other}"
+        )
     device, gpus = params.train.device, params.train.gpus
     processes = min(gpus, torch.cuda.device_count() or gpus)  # any machine can evaluate
     if not distributed.hand_over("stages.evaluate", device, processes):
@@ -47,12 +54,12 @@ def run(params: Params, device: torch.device) -> None:
     predictor = load_predictor(params, checkpoint, device)
 
     num_classes, ignore_index = len(store.classes), store.ignore_index
-    confusion, image_scores = evaluate(
-        predictor, split, num_classes, ignore_index, params.evaluation.batch_size
+    confusion, boundary, image_scores = evaluate(
+        predictor, split, num_classes, ignore_index, params.evaluation.batch_size, boundaries=True
     )
     if distributed.rank() != 0:
         return
-    scores = summarize(confusion, store.classes)
+    scores = summarize(confusion, store.classes, boundary)
     colour = colour_rule(store.split("train"), split, num_classes, ignore_index)
     rule = summarize(colour, store.classes)
     scores["baseline"] = {name: rule[name] for name in ("mean_iou", "pixel_accuracy", "iou")}
@@ -78,7 +85,7 @@ def load_predictor(params: Params, checkpoint: Checkpoint, device: torch.device)
     fill(model, checkpoint["model"], "the checkpoint")
     scale = trained["augmentation"]["scale"]
     predictor = build_predictor(model, device, precision, model_params, scale, params.evaluation)
-    return replace(predictor, flip=params.evaluation.flip)
+    return replace(predictor, scales=params.evaluation.scales, flip=params.evaluation.flip)
 
 
 def record(

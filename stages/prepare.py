@@ -5,7 +5,8 @@ import sys
 from tqdm import tqdm
 
 from pipeline.data.audit import prepare
-from pipeline.data.store import PREPARED
+from pipeline.data.splits import SPLITS
+from pipeline.data.store import PREPARED, Store
 from pipeline.params import load_params
 
 
@@ -19,6 +20,8 @@ def main() -> None:
             bar.update(done - bar.n)
 
         prepare(params.data, PREPARED, show)
+    store = Store(PREPARED)
+    print("images:", ", ".join(f"{split} {len(store.split(split))}" for split in SPLITS))
 
 
 if __name__ == "__main__":

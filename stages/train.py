@@ -27,6 +27,11 @@ log = logging.getLogger("instep")
 def main() -> None:
     """Check the parameters, then train here or hand over to torchrun."""
     params = load_params()
+    if params.train.validation and not len(Store(PREPARED).split("val")):
+        raise ValueError(
+            "train.validate: true, but the data set has no labelled val image; use train.validate: "
+            "false, or give it some"
+        )
     distributed.check_devices(params.train.device, params.train.gpus)
     if not distributed.hand_over("stages.train", params.train.device, params.train.gpus):
         with distributed.process_group(params.train.device) as device:

@@ -17,7 +17,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.formats import FORMATS, SPLITS, Reader, Record
+from pipeline.data.files import Array, Ids, some
+from pipeline.data.formats import FORMATS, Reader, Record
+from pipeline.data.splits import SPLITS
 from pipeline.data.store import SUMMARY, Entry, write_index
 from pipeline.params import DataParams
 
@@ -55,7 +57,7 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
         for start in range(0, len(own), RECORDS_PER_SHARD):
             batch = own[start : start + RECORDS_PER_SHARD]
             jobs.append((f"{split}-{start // RECORDS_PER_SHARD:05}.bin", batch))
-    pack = partial(_pack, reader, folder, len(params.classes), params.ignore_index)
+    pack = partial(_pack, reader, folder, params)
     shards = []
     context = get_context("spawn")  # a fork copies OpenCV's threads in the middle of their work
     with ProcessPoolExecutor(os.cpu_count(), context) as pool:
@@ -65,49 +67,23 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
 
     problems += [problem for shard in shards for problem in shard.problems]
     problems += _shared_images(shards)
-    splits = {split: [shard for shard in shards if shard.split == split] for split in SPLITS}
-    histograms = {split: _histogram(splits[split]) for split in SPLITS}
+    histograms = {split: _histogram(shards, split, len(params.classes)) for split in SPLITS}
+    labelled = [split for split in SPLITS if histograms[split][:-1].any()]
     if not problems:  # else an empty split only follows from them
-        problems += _empty(params, histograms)
+        problems += _empty(params, labelled, histograms["train"])
     if problems:
         for shard in shards:
             (folder / shard.name).unlink()
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise ValueError(f"{params.root}: {len(problems)} problems in the data set:\n{listed}")
-
-    classes = dict(enumerate(params.classes))
-    summary = {
-        split: {
-            "images": sum(len(shard.entries) for shard in splits[split]),
-            "pixels": {name: int(histograms[split][index]) for index, name in classes.items()},
-            "ignored_pixels": int(histograms[split][params.ignore_index]),
-        }
-        for split in SPLITS
-    }
-    (folder / SUMMARY).write_text(
-        json.dumps({"name": params.name, "splits": summary}, indent=2, ensure_ascii=False) + "\n",
-        encoding="utf-8",
-    )
-    index: dict[str, Any] = {
-        "name": params.name,
-        "classes": params.classes,
-        "palette": params.palette,
-        "ignore_index": params.ignore_index,
-        "shards": {shard.name: shard.md5 for shard in shards},
-    }
-    entries = {
-        split: [entry for shard in splits[split] for entry in shard.entries] for split in SPLITS
-    }
-    write_index(folder, index, entries)
+    for shard in shards:
+        if shard.split not in labelled:  # a test whose labels are withheld
+            (folder / shard.name).unlink()
+    _write_index(params, folder, [shard for shard in shards if shard.split in labelled])
 
 
 def _pack(
-    reader: Reader,
-    folder: Path,
-    num_classes: int,
-    ignore_index: int,
-    name: str,
-    records: list[Record],
+    reader: Reader, folder: Path, params: DataParams, name: str, records: list[Record]
 ) -> Shard:
     """Read, judge and write the records of one shard. Runs in a worker process."""
     cv2.setNumThreads(1)
@@ -117,16 +93,19 @@ def _pack(
     with (folder / name).open("wb") as file:
         for record in records:
             try:
-                image, target = reader.read(record)
-                histogram = _judge(record, image, target, num_classes, ignore_index)
+                image, ids = reader.read(record)
+                _judge(record, image, ids, params)
             except ValueError as error:
                 shard.problems.append(str(error))
                 continue
+            target = _packed(ids, params)
             height, width = target.shape
-            shard.entries.append(Entry(record.name, name, offset, height, width))
+            histogram = np.bincount(target.ravel(), minlength=256)
+            classes = tuple(np.flatnonzero(histogram[: len(params.classes)]).tolist())
+            shard.entries.append(Entry(record.name, name, offset, height, width, classes))
             shard.image_md5[record.name] = _pixels_md5(image)
             shard.histogram += histogram
-            for part in (image.tobytes(), target.astype(np.uint8).tobytes()):
+            for part in (image.tobytes(), target.tobytes()):
                 digest.update(part)
                 offset += file.write(part)
     shard.md5 = digest.hexdigest()
@@ -139,32 +118,31 @@ def _pixels_md5(image: NDArray[np.uint8]) -> str:
     return digest.hexdigest()
 
 
-def _judge(
-    record: Record,
-    image: NDArray[np.uint8],
-    target: NDArray[np.uint8 | np.uint16],
-    num_classes: int,
-    ignore_index: int,
-) -> NDArray[np.int64]:
-    """Pixels of each id, (256,) int64; a ValueError where the pair can't be used."""
-    if image.shape[:2] != target.shape:
-        (height, width), (rows, columns) = image.shape[:2], target.shape
+def _judge(record: Record, image: Array, ids: Ids, params: DataParams) -> None:
+    """A ValueError where the pair can't be used."""
+    if image.shape[:2] != ids.shape:
+        (height, width), (rows, columns) = image.shape[:2], ids.shape
         raise ValueError(
             f"{record.image}: {width}x{height} pixels, but its target {record.target} has "
             f"{columns}x{rows}"
         )
-    counts = np.bincount(target.ravel(), minlength=256).astype(np.int64)
-    bad = [int(i) for i in np.flatnonzero(counts) if i >= num_classes and i != ignore_index]
+    found = np.flatnonzero(np.bincount(ids.ravel())).tolist()
+    bad = [one for one in found if one >= params.num_ids and one != params.ignore_index]
     if bad:
+        zero = ", and one for reduce_zero_label" if params.reduce_zero_label else ""
         raise ValueError(
-            f"{record.target}: class ids {_some(bad)} are neither below {num_classes} (the number "
-            f"of data.classes) nor data.ignore_index {ignore_index}"
+            f"{record.target}: class ids {some(bad)} are neither below {params.num_ids} (the "
+            f"number of data.classes{zero}) nor data.ignore_index {params.ignore_index}"
         )
-    return counts
 
 
-def _some(ids: list[int]) -> str:
-    return ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+def _packed(ids: Ids, params: DataParams) -> Array:
+    """Ids as in the files -> classes and ignore_index."""
+    if not params.reduce_zero_label:
+        return ids.astype(np.uint8)
+    table = np.arange(-1, 255)
+    table[[0, params.ignore_index]] = params.ignore_index
+    return table.astype(np.uint8)[ids]
 
 
 def _shared_images(shards: list[Shard]) -> list[str]:
@@ -180,22 +158,59 @@ def _shared_images(shards: list[Shard]) -> list[str]:
     ]
 
 
-def _histogram(shards: list[Shard]) -> NDArray[np.int64]:
+def _histogram(shards: list[Shard], split: str, num_classes: int) -> NDArray[np.int64]:
+    """Pixels of each class, and after them the ignored ones: (C+1,)."""
     total = np.zeros(256, np.int64)
     for shard in shards:
-        total += shard.histogram
-    return total
+        if shard.split == split:
+            total += shard.histogram
+    return np.append(total[:num_classes], total[num_classes:].sum())
 
 
-def _empty(params: DataParams, histograms: dict[str, NDArray[np.int64]]) -> list[str]:
+def _empty(params: DataParams, labelled: list[str], train: NDArray[np.int64]) -> list[str]:
     """Splits with nothing to learn or measure, and classes that train can't teach."""
-    num_classes = len(params.classes)
-    empty = [split for split in SPLITS if not histograms[split][:num_classes].any()]
+    splits = params.splits
+    needed = {"train": True}
+    if splits.source == "drawn":
+        needed |= {"val": bool(splits.folds or splits.val), "test": splits.test > 0}
+    empty = [split for split in needed if needed[split] and split not in labelled]
     problems = [f"split {split} has no labelled pixel" for split in empty]
-    if "train" not in empty:
+    if not empty and labelled == ["train"]:
+        problems.append("neither val nor test has a labelled pixel; one of them must")
+    if "train" in labelled:
         problems += [
             f"class {name!r} has no pixel in train; take it out of data.classes, or label it"
-            for name, count in zip(params.classes, histograms["train"], strict=False)
+            for name, count in zip(params.classes, train[:-1], strict=True)
             if not count
         ]
     return problems
+
+
+def _write_index(params: DataParams, folder: Path, shards: list[Shard]) -> None:
+    """Write index.json, and summary.json for people."""
+    entries = {
+        split: [entry for shard in shards if shard.split == split for entry in shard.entries]
+        for split in SPLITS
+    }
+    histograms = {split: _histogram(shards, split, len(params.classes)) for split in SPLITS}
+    summary = {
+        split: {
+            "images": len(entries[split]),
+            "pixels": dict(zip(params.classes, histograms[split][:-1].tolist(), strict=True)),
+            "ignored_pixels": int(histograms[split][-1]),
+        }
+        for split in SPLITS
+    }
+    (folder / SUMMARY).write_text(
+        json.dumps({"name": params.name, "splits": summary}, indent=2, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
+    index: dict[str, Any] = {
+        "name": params.name,
+        "classes": params.classes,
+        "palette": params.palette,
+        "ignore_index": params.ignore_index,
+        "pixels": histograms["train"][:-1].tolist(),
+        "shards": {shard.name: shard.md5 for shard in shards},
+    }
+    write_index(folder, index, entries)

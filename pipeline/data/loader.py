@@ -4,7 +4,7 @@ The sample number counts on for ever: number = iteration * batch_size + position
 batch. Neither ranks nor workers nor a restart change which image a number is, or how it is drawn.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -31,13 +31,20 @@ class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
         fill: tuple[int, ...],
         ignore_index: int,
         seed: int,
+        class_shares: NDArray[np.float64] | None = None,
     ) -> None:
         self.split = split
         self.augmentation = augmentation
         self.fill = fill
         self.ignore_index = ignore_index
         self.seed = seed
+        self.class_shares = class_shares
         self._epoch, self._order = -1, np.empty(0, np.int64)
+        classes = range(0 if class_shares is None else len(class_shares))
+        self._holders = [
+            [index for index, entry in enumerate(split.entries) if one in entry.classes]
+            for one in classes
+        ]
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng((self.seed, AUGMENTATION, number))
@@ -52,7 +59,14 @@ class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
         )
 
     def index(self, number: int) -> int:
-        """The image of a sample number: every epoch is a permutation of the split."""
+        """The image of a sample number: every epoch is a permutation of the split.
+
+        With `class_shares` a class is drawn by them, then one of the images that hold it.
+        """
+        if self.class_shares is not None:
+            rng = np.random.default_rng((self.seed, ORDER, number))
+            holders = self._holders[rng.choice(len(self.class_shares), p=self.class_shares)]
+            return holders[rng.integers(len(holders))]
         epoch, place = divmod(number, len(self.split))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._permutation(epoch)
@@ -61,6 +75,19 @@ class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         rng = np.random.default_rng((self.seed, ORDER, epoch))
         return rng.permutation(len(self.split))
+
+
+def rare_class_shares(pixels: Sequence[int], temperature: float) -> NDArray[np.float64]:
+    """How often to draw each class, (C,), by its pixels in train: softmax((1 - frequency) / T).
+
+    The lower the temperature, the more often the rare classes; a class without a pixel never.
+    Source: https://arxiv.org/abs/2111.14887
+    """
+    frequency = np.array(pixels) / sum(pixels)
+    exponents = np.where(frequency > 0, (1 - frequency) / temperature, -np.inf)
+    weights = np.exp(exponents - exponents.max())
+    shares: NDArray[np.float64] = weights / weights.sum()
+    return shares
 
 
 class RankBatches(Sampler[list[int]]):

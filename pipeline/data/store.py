@@ -7,6 +7,7 @@ one DVC writes into dvc.lock) costs the md5 of one small file.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,13 +25,17 @@ Array = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a record lies: byte `offset` in `shard`, an image of `height` x `width` pixels."""
+    """Where a record lies: byte `offset` in `shard`, an image of `height` x `width` pixels.
+
+    `classes` are those that its target holds.
+    """
 
     name: str
     shard: str
     offset: int
     height: int
     width: int
+    classes: Sequence[int] = ()
 
 
 class Split:
@@ -77,11 +82,12 @@ class Store:
         self.classes: tuple[str, ...] = tuple(index["classes"])
         self.palette: tuple[tuple[int, int, int], ...] = tuple(map(tuple, index["palette"]))
         self.ignore_index: int = index["ignore_index"]
+        self.pixels: tuple[int, ...] = tuple(index["pixels"])  # of each class in train
         self.shards: dict[str, str] = index["shards"]
         self._splits: dict[str, list[list[Any]]] = index["splits"]
 
     def split(self, name: str) -> Split:
-        """One of train, val and test."""
+        """One of train, val and test; the last two may be empty."""
         return Split(self.folder, [Entry(*entry) for entry in self._splits[name]])
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Logits of whole images: at once or by a sliding window, mirrored or not, shared by the ranks."""
+"""Predictions of whole images: at once or by a sliding window, in one view or in several."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pipeline import distributed
 from pipeline.data.store import Split
 from pipeline.data.transforms import DTYPES, autocast, normalize, resized
-from pipeline.evaluation.metrics import Matrix, confusion_matrix, mean_iou
+from pipeline.evaluation.metrics import Matrix, boundary_areas, confusion_matrix, mean_iou
 from pipeline.params import EvaluationParams, ModelParams
 
 Array = NDArray[np.uint8]
@@ -24,7 +24,7 @@ class Predictor:
     """A model with all that turns stored images into predictions.
 
     `window` is crop and stride of the sliding window, None for whole images; `scale` is that of
-    the augmentation, without its ratio.
+    the augmentation, and `scales` are ratios to it, or to the image where it is None.
     """
 
     model: nn.Module
@@ -34,25 +34,50 @@ class Predictor:
     std: tuple[float, float, float]
     scale: tuple[int, int] | None
     window: tuple[tuple[int, int], tuple[int, int]] | None
+    scales: tuple[float, ...] = (1.0,)
     flip: bool = False
 
     @torch.no_grad()
     def predict(self, images: list[Array]) -> list[Array]:
         """Images (H,W,3) uint8 of one size -> their class ids (H,W) uint8, in eval mode."""
-        height, width = images[0].shape[:2]
-        size = resized((height, width), self.scale)
-        if size != (height, width):
+        return list(self.scores(images).argmax(dim=1).to("cpu", torch.uint8).numpy())
+
+    @torch.no_grad()
+    def scores(self, images: list[Array]) -> Tensor:
+        """The logits (N,C,H,W) of the only view, or the mean of all views' probabilities.
+
+        A view's logits are resized to the image before the softmax, as in MMSegmentation's
+        test-time augmentation: https://github.com/open-mmlab/mmsegmentation
+        """
+        views = self._views(images)
+        count = len(self.scales) * (1 + self.flip)
+        if count == 1:
+            return next(views)
+        total = torch.zeros(())
+        for logits in views:
+            at_least = torch.promote_types(logits.dtype, torch.float32)
+            total = total + logits.softmax(dim=1, dtype=at_least)
+        return total / count
+
+    def _views(self, images: list[Array]) -> Iterator[Tensor]:
+        """Logits (N,C,H,W) at each scale, as it is and mirrored."""
+        shape = images[0].shape[:2]
+        for ratio in self.scales:
+            size = resized(shape, self.scale, ratio)
+            inputs = self._inputs(images, size)
+            for mirrored in (False, True) if self.flip else (False,):
+                with autocast(self.device, self.precision):
+                    logits = self._logits(inputs.flip(3) if mirrored else inputs)
+                logits = logits.flip(3) if mirrored else logits
+                if size != shape:
+                    logits = F.interpolate(logits, shape, mode="bilinear", align_corners=False)
+                yield logits
+
+    def _inputs(self, images: list[Array], size: tuple[int, int]) -> Tensor:
+        if size != images[0].shape[:2]:
             images = [np.asarray(cv2.resize(image, size[::-1]), np.uint8) for image in images]
         stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.device)
-        inputs = normalize(stacked, self.mean, self.std, DTYPES[self.precision])
-        with autocast(self.device, self.precision):
-            scores = self._logits(inputs)
-            if self.flip:
-                mirrored = self._logits(inputs.flip(3)).flip(3)
-                scores = scores.softmax(dim=1) + mirrored.softmax(dim=1)
-        if size != (height, width):
-            scores = F.interpolate(scores, (height, width), mode="bilinear", align_corners=False)
-        return list(scores.argmax(dim=1).to("cpu", torch.uint8).numpy())
+        return normalize(stacked, self.mean, self.std, DTYPES[self.precision])
 
     def _logits(self, inputs: Tensor) -> Tensor:
         if self.window is None:
@@ -127,25 +152,37 @@ def build_predictor(
     scale: tuple[int, int] | None,
     evaluation: EvaluationParams,
 ) -> Predictor:
-    """A model under the `evaluation` section, unflipped, with the preprocessing it knows."""
+    """A model with the preprocessing it knows, at one scale, unflipped."""
     window = (evaluation.crop, evaluation.stride) if evaluation.mode == "slide" else None
     return Predictor(model, device, precision, trained.mean, trained.std, scale, window)
 
 
 def evaluate(
-    predictor: Predictor, split: Split, num_classes: int, ignore_index: int, batch_size: int = 1
-) -> tuple[Matrix, list[tuple[int, float]]]:
-    """The confusion matrix of a split, (C,C) int64, and the mean IoU of every image by its index.
+    predictor: Predictor,
+    split: Split,
+    num_classes: int,
+    ignore_index: int,
+    batch_size: int = 1,
+    boundaries: bool = False,
+) -> tuple[Matrix, Matrix, list[tuple[int, float]]]:
+    """Sums over a split, and the mean IoU of every image by its index.
 
-    Every image is measured on exactly one rank, and the result is the same on each.
+    The sums are the confusion matrix, (C,C) int64, and the `boundary_areas`, (2,C) int64, which
+    are zero unless asked for. Every image is measured on exactly one rank, and the result is the
+    same on each.
     """
     own = list(range(distributed.rank(), len(split), distributed.world_size()))
-    total = np.zeros((num_classes, num_classes), np.int64)
+    total, boundary = (np.zeros((rows, num_classes), np.int64) for rows in (num_classes, 2))
     scores = []
     for index, target, prediction in predictions(predictor, split, own, batch_size):
         confusion = confusion_matrix(target, prediction, num_classes, ignore_index)
         scores.append((index, mean_iou(confusion)))
         total += confusion
-    summed = distributed.sum_over_ranks(torch.from_numpy(total).to(predictor.device))
+        if boundaries:
+            boundary += boundary_areas(target, prediction, num_classes, ignore_index)
+    total, boundary = (
+        distributed.sum_over_ranks(torch.from_numpy(sums).to(predictor.device)).cpu().numpy()
+        for sums in (total, boundary)
+    )
     gathered = distributed.gather_objects(scores)
-    return summed.cpu().numpy(), sorted(score for part in gathered for score in part)
+    return total, boundary, sorted(score for part in gathered for score in part)

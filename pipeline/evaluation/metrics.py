@@ -1,11 +1,15 @@
 """Scores from integer sums over a whole set: reduce sums, divide once.
 
-Definitions: https://arxiv.org/abs/1411.4038 (IoU, accuracy), Dice 1945 (doi:10.2307/1932409).
+Definitions: https://arxiv.org/abs/1411.4038 (IoU, accuracy), Dice 1945 (doi:10.2307/1932409),
+https://arxiv.org/abs/2103.16562 (boundary IoU). What is undefined, and so left out of a mean, is
+what MMSegmentation's IoUMetric leaves out: https://github.com/open-mmlab/mmsegmentation
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +30,40 @@ def confusion_matrix(
     return counts.reshape(num_classes, num_classes).astype(np.int64)
 
 
+def boundary_areas(
+    target: NDArray[np.uint8], prediction: NDArray[np.uint8], num_classes: int, ignore_index: int
+) -> Matrix:
+    """Intersection and union of the boundaries of each class's two masks, in pixels, (2,C) int64.
+
+    target and prediction (H,W). Pixels whose target is `ignore_index` belong to no mask, predicted
+    or not: both masks end where they begin.
+    """
+    labelled = target != ignore_index
+    prediction = np.where(labelled, prediction, ignore_index).astype(np.uint8)
+    own, found = _boundary(target) & labelled, _boundary(prediction) & labelled
+    both = own & found & (target == prediction)
+    intersect, first, second = (
+        np.bincount(labels[area], minlength=num_classes)
+        for labels, area in ((target, both), (target, own), (prediction, found))
+    )
+    return np.stack([intersect, first + second - intersect]).astype(np.int64)
+
+
+def _boundary(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Where erosion takes a pixel (H,W) from the mask of its own class.
+
+    The paper erodes with 3x3 ones, d times, d being 2% of the diagonal, and takes what is outside
+    of the image for background. That is: where the square of d pixels around holds another class,
+    or reaches over the edge.
+    """
+    distance = max(round(0.02 * math.hypot(*labels.shape)), 1)
+    square = np.ones((2 * distance + 1, 2 * distance + 1), np.uint8)
+    boundary = np.ones(labels.shape, np.bool_)
+    inner = np.s_[distance:-distance, distance:-distance]
+    boundary[inner] = (cv2.erode(labels, square) != cv2.dilate(labels, square))[inner]
+    return boundary
+
+
 def iou(confusion: Matrix) -> Scores:
     """Intersection over union of each class, (C,); nan where a class is in neither map."""
     intersect, union = _areas(confusion)
@@ -42,8 +80,15 @@ def pixel_accuracy(confusion: Matrix) -> float:
     return float(_ratio(np.trace(confusion)[None], confusion.sum()[None])[0])
 
 
-def summarize(confusion: Matrix, classes: Sequence[str]) -> dict[str, Any]:
-    """All scores by name, those of a class under `<score>.<class>`; None where undefined."""
+def summarize(
+    confusion: Matrix, classes: Sequence[str], boundary: Matrix | None = None
+) -> dict[str, Any]:
+    """All scores by name, those of a class under `<score>.<class>`; None where undefined.
+
+    The accuracy of a class is its recall. `dice` and `fscore` are one number but for a class
+    without a right pixel: its Dice is 0, its F-score, of no precision and no recall, is undefined.
+    `boundary` is the sum of `boundary_areas`.
+    """
     intersect, union = _areas(confusion)
     labelled, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
     per_class = {
@@ -51,12 +96,15 @@ def summarize(confusion: Matrix, classes: Sequence[str]) -> dict[str, Any]:
         "accuracy": _ratio(intersect, labelled),
         "precision": _ratio(intersect, predicted),
         "dice": _ratio(2 * intersect, labelled + predicted),
+        "fscore": _ratio(2 * intersect, (labelled + predicted) * (intersect > 0)),
     }
+    if boundary is not None:
+        per_class["boundary_iou"] = _ratio(*boundary)
     scores: dict[str, Any] = {
         "mean_iou": mean_iou(confusion),
         "pixel_accuracy": pixel_accuracy(confusion),
     }
-    scores |= {f"mean_{name}": _mean(per_class[name]) for name in ("accuracy", "dice")}
+    scores |= {f"mean_{name}": _mean(values) for name, values in per_class.items()}
     for name, values in per_class.items():
         scores[name] = dict(zip(classes, values.tolist(), strict=True))
     return _without_nan(scores)

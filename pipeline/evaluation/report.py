@@ -23,7 +23,7 @@ Array = NDArray[np.uint8]
 
 def write_plots(folder: Path, scores: dict[str, Any], confusion: Matrix, store: Store) -> None:
     """classes.tsv: the scores of each class; confusion.tsv: the share of each target class."""
-    kinds = ("iou", "accuracy", "precision", "dice")
+    kinds = ("iou", "boundary_iou", "accuracy", "precision", "dice", "fscore")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "classes.tsv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, delimiter="\t", lineterminator="\n")

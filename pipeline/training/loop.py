@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline import distributed
-from pipeline.data.loader import RankBatches, Samples, build_loader
+from pipeline.data.loader import RankBatches, Samples, build_loader, rare_class_shares
 from pipeline.data.store import Store
 from pipeline.data.transforms import DTYPES, autocast, fill_of, normalize
 from pipeline.evaluation.inference import build_predictor, evaluate
@@ -56,12 +56,14 @@ def train(
     """
     options = params.train
     world_size, main = distributed.world_size(), distributed.rank() == 0
+    rare = options.rare_class_temperature
     samples = Samples(
         store.split("train"),
         params.augmentation,
         fill_of(params.model),
         store.ignore_index,
         options.seed,
+        rare_class_shares(store.pixels, rare) if rare else None,
     )
     batches = RankBatches(options, progress.iteration, distributed.rank(), world_size)
     loader = build_loader(samples, batches, options.workers, device.type == "cuda")
@@ -117,7 +119,7 @@ def train(
         improved = False
         if validate:
             pause = time.perf_counter()
-            confusion, _ = evaluate(predictor, validation, len(store.classes), store.ignore_index)
+            confusion, *_ = evaluate(predictor, validation, len(store.classes), store.ignore_index)
             parallel.train()
             scores = summarize(confusion, store.classes)
             entry |= {f"val/{name}": value for name, value in flatten(scores).items()}

@@ -65,10 +65,34 @@ def test_empty_splits_and_unlearnable_classes_are_found(tmp_path: Path):
     write(tmp_path, "train/1", photo(0), without_c)
     write(tmp_path, "val/1", photo(1), np.full((12, 16), 255, np.uint8))
     assert refusal(tmp_path) == [
-        "split val has no labelled pixel",
-        "split test has no labelled pixel",
+        "neither val nor test has a labelled pixel; one of them must",
         "class 'c' has no pixel in train; take it out of data.classes, or label it",
     ]
+
+
+@pytest.mark.parametrize("changes", [{"val": 0.3, "test": 0.0}, {"folds": 3, "test": 0.1}])
+def test_a_drawn_split_that_is_asked_for_must_have_an_image(changes: dict, tmp_path: Path):
+    write(tmp_path, "1", photo(1), labels())
+    drawn = {"source": "drawn"} | changes
+    named = {f"splits.{name}": value for name, value in drawn.items()}
+    assert "split val has no labelled pixel" in refusal(tmp_path, **named)
+
+
+@pytest.mark.parametrize("withheld", ["val", "test"])
+def test_a_split_without_labels_is_left_out(withheld: str, tmp_path: Path):
+    other = {"val": "test", "test": "val"}[withheld]
+    write(tmp_path, "train/1", photo(1), labels())
+    write(tmp_path, f"{other}/1", photo(2), labels())
+    write(tmp_path, f"{withheld}/1", photo(3), np.full((12, 16), 255, np.uint8))
+    prepare(data_params(tmp_path), tmp_path / "prepared", lambda done, total: None)
+    store = Store(tmp_path / "prepared")
+    assert {split: len(store.split(split)) for split in ("train", other, withheld)} == {
+        "train": 1,
+        other: 1,
+        withheld: 0,
+    }
+    assert set(store.shards) == {"train-00000.bin", f"{other}-00000.bin"}
+    assert not (tmp_path / f"prepared/{withheld}-00000.bin").exists()
 
 
 def test_a_missing_folder_is_told_without_its_consequences(tmp_path: Path):
@@ -90,6 +114,8 @@ def test_a_good_data_set_is_packed_counted_and_summarized(tmp_path: Path):
     assert store.palette == params.palette
     summary = (tmp_path / "prepared/summary.json").read_text(encoding="utf-8")
     counts = np.bincount(labels().ravel(), minlength=256)
+    assert store.pixels == tuple(2 * counts[:3])
+    assert [entry.classes for entry in store.split("train").entries] == [[0, 1, 2], [0, 1, 2]]
     for piece in (
         '"images": 2',
         f'"a": {2 * counts[0]}',

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.formats import BlueMarble, Pairs, Record, _read_target, draw_splits
-from pipeline.params import SplitsParams
+from pipeline.data.files import read_ids
+from pipeline.data.formats import BlueMarble, Pairs, Record
 from tests.unit.pairs import data_params, labels, photo, write
 from tests.unit.sections import params
 
@@ -77,40 +77,6 @@ def test_the_ocean_is_bluer_than_the_land(earth: tuple[BlueMarble, list[Record]]
     assert (land > 5).mean() < 0.3
 
 
-def splits(**changes: object) -> SplitsParams:
-    given = {"source": "drawn", "val": 0.2, "test": 0.1, "seed": 0, "group_by": None}
-    return SplitsParams.model_validate(given | changes)
-
-
-STEMS = [f"walk{i % 20:02}/step{i:03}" for i in range(100)]
-
-
-def test_drawn_splits_have_the_sizes_asked_for():
-    assert Counter(draw_splits(STEMS, splits()).values()) == {"train": 70, "val": 20, "test": 10}
-
-
-def test_drawn_splits_depend_on_the_seed_and_on_nothing_else():
-    drawn = draw_splits(STEMS, splits())
-    assert draw_splits(STEMS[::-1], splits()) == drawn
-    assert draw_splits(STEMS, splits(seed=1)) != drawn
-
-
-@pytest.mark.parametrize("pattern", [r"walk\d\d", r"^(.+)/step", r"k(\d\d)/(step)"])
-def test_drawn_splits_keep_groups_together(pattern: str):
-    drawn = draw_splits(STEMS, splits(group_by=pattern))
-    of_walk = {
-        walk: {drawn[s] for s in STEMS if s.startswith(walk)}
-        for walk in (f"walk{i:02}" for i in range(20))
-    }
-    assert all(len(found) == 1 for found in of_walk.values())
-    assert Counter(next(iter(f)) for f in of_walk.values()) == {"train": 14, "val": 4, "test": 2}
-
-
-def test_a_stem_that_the_pattern_does_not_match_is_its_own_group():
-    drawn = draw_splits(STEMS, splits(group_by="sprint"))
-    assert drawn == draw_splits(STEMS, splits())
-
-
 def test_given_splits_are_the_first_folder(tmp_path: Path):
     for name in ("val/x/1", "train/2", "train/1", "test/1"):
         write(tmp_path, name, photo(0), labels())
@@ -160,8 +126,9 @@ def test_a_missing_folder_is_named(tmp_path: Path):
     assert [line.split(": ")[:2] for line in problems] == [
         [
             str(tmp_path / "images"),
-            "no such folder; data.root, data.images and data.targets name "
-            "it, and in a --temp or queued run it must be tracked by git or `dvc add`",
+            "no such folder; data.root and, for pairs, data.images and "
+            "data.targets name it, and in a --temp or queued run it must be tracked by git or "
+            "`dvc add`",
         ],
         [str(tmp_path / "targets"), problems[1].split(": ")[1]],
     ]
@@ -270,4 +237,4 @@ def test_a_grey_target_of_few_bits_keeps_its_ids(bits: int, tmp_path: Path):
         + chunk(b"IDAT", zlib.compress(row))
         + chunk(b"IEND", b"")
     )
-    assert _read_target(tmp_path / "a.png").tolist() == ids.tolist()
+    assert read_ids(tmp_path / "a.png").tolist() == ids.tolist()

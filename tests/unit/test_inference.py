@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.data.store import Entry, Split
 from pipeline.evaluation.inference import Predictor, evaluate, predictions, slide
-from pipeline.evaluation.metrics import confusion_matrix, mean_iou
+from pipeline.evaluation.metrics import boundary_areas, confusion_matrix, mean_iou
 
 
 class Stub(nn.Module):
@@ -130,6 +130,47 @@ def test_a_scale_resizes_and_predicts_at_the_stored_size():
     assert np.array_equal(found, stored[0].argmax(0).numpy())
 
 
+@pytest.mark.parametrize("window", [None, ((8, 12), (5, 7))])
+@pytest.mark.parametrize("scale", [None, (40, 24)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_scales_and_flips_are_averaged_as_a_plain_loop_does(
+    flip: bool, scale: tuple[int, int] | None, window: tuple | None
+):
+    model, picture, ratios = Stub(), image(3, 15, 21), (0.5, 1.0, 1.75)
+    # MMSegmentation: each view's logits, unflipped and resized to the stored image, then softmax.
+    # The sizes by hand: int(side * ratio + 0.5), and within (40, 24) a short side of 24 * ratio.
+    sizes = {
+        None: [(8, 11), (15, 21), (26, 37)],
+        (40, 24): [(12, 17), (24, 34), (42, 59)],
+    }[scale]
+    total = torch.zeros(1, 4, 15, 21, dtype=torch.float64)
+    for height, width in sizes:
+        resized = cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)
+        for mirrored in (False, True) if flip else (False,):
+            x = as_input(resized[:, ::-1] if mirrored else resized)
+            logits = model(x) if window is None else slide(model, x, *window)
+            logits = logits.flip(3) if mirrored else logits
+            logits = nn.functional.interpolate(logits, (15, 21), mode="bilinear")
+            total += logits.softmax(1)
+    total /= len(sizes) * (2 if flip else 1)
+    averaging = predictor(model, scale=scale, window=window, scales=ratios, flip=flip)
+    with torch.no_grad():
+        assert torch.allclose(averaging.scores([picture]), total, rtol=0, atol=1e-5)
+    (found,) = averaging.predict([picture])
+    assert np.array_equal(found, total[0].argmax(0).numpy())
+    (single,) = predictor(model, scale=scale, window=window).predict([picture])
+    assert not np.array_equal(found, single)
+
+
+def test_one_view_has_its_logits_for_scores_and_several_have_probabilities():
+    model, picture = Stub(), image(4, 9, 14)
+    (scores,) = predictor(model).scores([picture])
+    assert torch.allclose(scores, model(as_input(picture))[0], rtol=0, atol=1e-12)
+    (scores,) = predictor(model, precision="bf16", scales=(1.0, 0.5)).scores([picture])
+    assert scores.dtype == torch.float32
+    assert torch.allclose(scores.sum(0), torch.ones(9, 14))
+
+
 SIZES = [(9, 14), (9, 14), (9, 14), (14, 9), (9, 14), (5, 5), (5, 5)]
 
 
@@ -162,13 +203,15 @@ def test_batches_hold_one_size_and_change_no_prediction(split: Split):
 
 def test_an_evaluation_sums_every_image_once(split: Split):
     model = Stub()
-    matrices = [
-        confusion_matrix(split[i][1], predictor(model).predict([split[i][0]])[0], 4, 255)
-        for i in range(7)
-    ]
+    pairs = [(split[i][1], predictor(model).predict([split[i][0]])[0]) for i in range(7)]
+    matrices = [confusion_matrix(*pair, 4, 255) for pair in pairs]
     expected = sum(matrices)
-    confusion, scores = evaluate(predictor(model), split, 4, 255)
+    confusion, boundary, scores = evaluate(predictor(model), split, 4, 255)
     assert np.array_equal(confusion, expected)
+    assert not boundary.any()
+    confusion, boundary, _ = evaluate(predictor(model), split, 4, 255, 2, boundaries=True)
+    assert np.array_equal(confusion, expected)
+    assert np.array_equal(boundary, sum(boundary_areas(*pair, 4, 255) for pair in pairs))
     assert scores == [(index, mean_iou(matrix)) for index, matrix in enumerate(matrices)]
     assert expected.sum() == sum(height * width - 1 for height, width in SIZES)
 

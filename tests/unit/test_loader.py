@@ -1,6 +1,8 @@
 """Which samples make up which batch, on any number of ranks and workers, after any restart."""
 
+import math
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import chain
 from multiprocessing import get_context
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.loader import RankBatches, Samples, build_loader
+from pipeline.data.loader import RankBatches, Samples, build_loader, rare_class_shares
 from pipeline.data.store import Entry, Split
 from pipeline.params import TrainParams
 from tests.unit.sections import params
@@ -32,6 +34,34 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 def samples(split: Split, seed: int = 0) -> Samples:
     return Samples(split, params(AUGMENTATION).augmentation, (9, 9, 9), 255, seed)
+
+
+def test_the_rarer_a_class_the_larger_its_share():
+    # Frequencies 0.7, 0.2, 0.1 and 0: exp((1 - f) / 0.5) is e^0.6, e^1.6, e^1.8.
+    shares = rare_class_shares((70, 20, 10, 0), 0.5)
+    weights = [math.exp(0.6), math.exp(1.6), math.exp(1.8), 0]
+    assert shares.tolist() == pytest.approx([weight / sum(weights) for weight in weights])
+    assert rare_class_shares((70, 20, 10, 0), 0.001).tolist() == pytest.approx([0, 0, 1, 0])
+    assert rare_class_shares((70, 20, 10, 0), 1e9).tolist() == pytest.approx([1 / 3] * 3 + [0])
+
+
+def test_images_are_drawn_by_their_classes(split: Split):
+    # Class 0 is in all seven images, class 1 in two, class 2 in none.
+    held = [(0,), (0, 1), (0,), (0,), (0, 1), (0,), (0,)]
+    entries = [replace(entry, classes=own) for entry, own in zip(split.entries, held, strict=True)]
+    changes = params(AUGMENTATION).augmentation
+    options = (Split(split.folder, entries), changes, (9, 9, 9), 255)
+    drawn = Samples(*options, 0, np.array([0.3, 0.7, 0.0]))
+    numbers = range(4000)
+    order = [drawn.index(number) for number in numbers]
+    # Each has 0.3 / 7, and those with class 1 half of 0.7 on top; four sigma are at most 0.031.
+    for index, own in enumerate(held):
+        expected = 0.3 / 7 + 0.35 * (1 in own)
+        assert order.count(index) / 4000 == pytest.approx(expected, abs=0.031)
+    again = Samples(*options, 0, np.array([0.3, 0.7, 0.0]))
+    assert [again.index(number) for number in reversed(numbers)] == order[::-1]
+    reseeded = Samples(*options, 1, np.array([0.3, 0.7, 0.0]))
+    assert [reseeded.index(number) for number in numbers] != order
 
 
 def train(iterations: int = 6, accumulation: int = 1) -> TrainParams:

@@ -79,6 +79,9 @@ def test_an_unknown_name_is_answered_with_the_nearest_valid_one(
         ("train.lr", 0, "train.lr: 0 should be greater than 0"),
         ("train.momentum", 1.0, "train.momentum: 1.0 should be less than 1"),
         ("train.iterations", -1, "train.iterations: -1 should be greater than or equal to 0"),
+        ("evaluation.scales", [1.0, 0], "evaluation.scales.1: 0 should be greater than 0"),
+        ("evaluation.scales", [], "evaluation.scales: [] "),
+        ("train.rare_class_temperature", 0, "train.rare_class_temperature: 0 should be greater"),
         ("train.workers", -1, "train.workers: -1 should be greater than or equal to 0"),
         ("train.lr", math.inf, "train.lr: Infinity should be a finite number"),
         ("augmentation.flip.vertical", 1.5, "augmentation.flip.vertical: 1.5 should be less"),
@@ -178,9 +181,42 @@ def test_two_files_to_start_from_exclude_each_other(tmp_path: Path):
     assert "resume_from and load_from exclude each other" in text
 
 
-def test_bluemarble_is_not_split_by_chance(tmp_path: Path):
-    text = refusal(tmp_path, {"data.format": "bluemarble", "data.splits.source": "drawn"})
-    assert "bluemarble is split by longitude" in text
+@pytest.mark.parametrize("layout", ["bluemarble", "ade20k", "cityscapes", "voc"])
+@pytest.mark.parametrize("source", ["drawn", "files"])
+def test_a_layout_with_splits_of_its_own_takes_no_others(layout: str, source: str, tmp_path: Path):
+    text = refusal(tmp_path, {"data.format": layout, "data.splits.source": source})
+    assert f"data: splits.source: {layout} has splits of its own; use `given`" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"splits.folds": 5}, "data.splits: folds are drawn, and source is given; use `drawn`"),
+        (
+            {"splits.source": "drawn", "splits.folds": 5, "splits.fold": 5},
+            "data.splits: fold 5 of 5 folds; use at most 4",
+        ),
+        ({"splits.fold": 1}, "data.splits: fold 1 of None folds; use 0, or give the number"),
+        ({"splits.folds": 1}, "data.splits.folds: 1 should be greater than or equal to 2"),
+        ({"format": "voc", "target_suffixes": ["_m"]}, "target_suffixes are for format pairs"),
+        ({"format": "voc", "color_map": [[0, 0, 0]]}, "data: color_map has 1 colours for 3 ids"),
+        ({"format": "voc", "color_map": [[i] * 3 for i in range(3)]}, "are for format pairs"),
+        ({"format": "pairs", "color_map": [[7] * 3] * 3}, "color_map: every colour must stand on"),
+        (
+            {"format": "pairs", "reduce_zero_label": True, "color_map": [[1] * 3, [2] * 3]},
+            "color_map has 2 colours for 4 ids; give one [red, green, blue] a class, and with",
+        ),
+        ({"ignore_index": 2}, "data: ignore_index 2 is the id of class 'lake'"),
+        (
+            {"ignore_index": 3, "reduce_zero_label": True},
+            "data: ignore_index 3 is the id of class 'lake'; use 255 or another id from 4 up",
+        ),
+    ],
+)
+def test_data_that_contradict_themselves_are_refused(
+    changes: dict[str, object], rule: str, tmp_path: Path
+):
+    assert rule in refusal(tmp_path, {f"data.{name}": value for name, value in changes.items()})
 
 
 def test_a_file_without_sections_is_refused(tmp_path: Path):

@@ -1,0 +1,118 @@
+"""Files -> arrays: photographs as RGB, targets as the ids or the colours that are stored."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+TARGET_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+
+Array = NDArray[np.uint8]
+Ids = NDArray[np.uint8 | np.uint16]
+
+
+def by_stem(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
+    """{path below the folder, without suffix: file}, and the problems met, a line each."""
+    if not folder.is_dir():
+        return {}, [
+            f"{folder}: no such folder; data.root and, for pairs, data.images and data.targets "
+            "name it, and in a --temp or queued run it must be tracked by git or `dvc add`"
+        ]
+    found: dict[str, Path] = {}
+    problems = []
+    for path in _files(folder):
+        if path.suffix.lower() not in suffixes:
+            continue
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stem in found:
+            problems.append(f"{path}: same stem as {found[stem].name}; keep one of them")
+        found[stem] = path
+    if not found:
+        problems.append(f"{folder}: no {', '.join(suffixes)} file")
+    return found, problems
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden:
+            yield path
+
+
+def read_image(path: Path) -> Array:
+    """(H,W,3) uint8 RGB, not turned by EXIF.
+
+    Raises:
+        ValueError: it can't be read; the text names the file.
+    """
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        image = cv2.imdecode(np.fromfile(path, np.uint8), flags)
+    except (cv2.error, OSError) as error:
+        raise ValueError(f"{path}: can't be read as an image ({error})") from None
+    if image is None:  # how OpenCV says that a file is empty, truncated or no image
+        raise ValueError(f"{path}: can't be read as an image")
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def read_ids(path: Path) -> Ids:
+    """(H,W): the id of every pixel, from 1 to 16 bits, grey or palette, as it is stored.
+
+    Raises:
+        ValueError: it can't be read, or has colours in place of ids; the text names the file.
+    """
+    mode, target = _read_target(path)
+    if mode not in ("1", "L", "P", "I;16", "I;16B", "I"):
+        raise ValueError(
+            f"{path}: a target holds one class id a pixel, and this is {mode}; "
+            "save it as grey or palette PNG, or give data.color_map"
+        )
+    if mode == "I" and (target.min() < 0 or target.max() > 65535):
+        raise ValueError(f"{path}: ids from {target.min()} to {target.max()} are out of range")
+    return target.astype(np.uint16 if target.dtype.itemsize > 1 else np.uint8)
+
+
+def read_colours(path: Path, color_map: Sequence[tuple[int, int, int]]) -> Array:
+    """(H,W) uint8: of every pixel the place of its colour in `color_map`.
+
+    Raises:
+        ValueError: it can't be read, or a colour is not in the map; the text names both.
+    """
+    mode, colours = _read_target(path, "RGB")
+    if mode not in ("RGB", "RGBA", "P"):
+        raise ValueError(
+            f"{path}: data.color_map needs coloured targets, and this is {mode}; set it to null"
+        )
+    red_green_blue = np.array([65536, 256, 1])
+    pixels, known = colours @ red_green_blue, np.array(color_map) @ red_green_blue
+    order = np.argsort(known)
+    place = np.searchsorted(known, pixels, sorter=order)
+    ids: NDArray[np.intp] = order[np.minimum(place, len(known) - 1)]
+    strange = np.unique(pixels[known[ids] != pixels]).tolist()
+    if strange:
+        listed = [f"[{one >> 16}, {one >> 8 & 255}, {one & 255}]" for one in strange]
+        raise ValueError(f"{path}: colours {some(listed)} are not in data.color_map")
+    return ids.astype(np.uint8)
+
+
+def _read_target(path: Path, convert: str | None = None) -> tuple[str, NDArray[Any]]:
+    """The mode of the file and its pixels, converted if asked."""
+    # Pillow keeps the indices of a palette and all 16 bits; OpenCV turns both into something else.
+    try:
+        with Image.open(path) as file:
+            # Pillow spreads the ids of a grey PNG of 2 or 4 bits over 0-255.
+            step = {"L;2": 85, "L;4": 17}.get(str(file.tile[0][3]), 1) if file.tile else 1
+            pixels = file.convert(convert) if convert else file
+            return file.mode, np.asarray(pixels) // step
+    except Exception as error:  # what Pillow raises depends on where a file is broken
+        raise ValueError(f"{path}: can't be read as a target ({error})") from None
+
+
+def some(values: Sequence[object]) -> str:
+    """The first eight of them, for a message."""
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")

@@ -1,0 +1,40 @@
+"""What a stage refuses before it does any work."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.data import store
+from stages import evaluate, train
+from tests.unit.sections import document
+
+
+def workspace(folder: Path, changes: dict[str, object], images: dict[str, int]) -> None:
+    """params.yaml, and a prepared data set with as many images in each split."""
+    (folder / "params.yaml").write_text(json.dumps(document(changes)), encoding="utf-8")
+    prepared = folder / store.PREPARED
+    prepared.mkdir(parents=True)
+    index = {"name": "x", "classes": ["a"], "palette": [[0, 0, 0]], "ignore_index": 255}
+    index |= {"pixels": [1], "shards": {}}
+    entry = store.Entry("a", "a.bin", 0, 1, 1)
+    store.write_index(prepared, index, {split: [entry] * images[split] for split in images})
+
+
+def test_training_without_a_val_image_to_validate_on_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    workspace(tmp_path, {}, {"train": 1, "val": 0, "test": 1})
+    with pytest.raises(ValueError, match=r"no labelled val image; use train.validate: false"):
+        train.main()
+
+
+@pytest.mark.parametrize(("asked", "other"), [("val", "test"), ("test", "val")])
+def test_measuring_an_empty_split_is_refused_with_the_other_one(
+    asked: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    workspace(tmp_path, {"evaluation.split": asked}, {"train": 1, asked: 0, other: 1})
+    with pytest.raises(ValueError, match=f"labelled {asked} image; use evaluation.split: {other}"):
+        evaluate.main()
