@@ -36,7 +36,7 @@ def start_dvc(project: Path, *command: str, **extra: str) -> "subprocess.Popen[b
 
 
 def wait_for(project: Path, iteration: int, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while reached(project) < iteration:
         assert process.poll() is None, "dvc ended too early"
         assert time.monotonic() < deadline, "nothing happened in time"
