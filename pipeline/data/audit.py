@@ -26,7 +26,10 @@ RECORDS_PER_SHARD = 128
 
 @dataclass
 class Shard:
-    """What the packing of one shard found."""
+    """What the packing of one shard found.
+
+    `histogram` counts the pixels of each id, `shown` the labelled ones of the images that show it.
+    """
 
     name: str
     split: str
@@ -35,10 +38,14 @@ class Shard:
     image_md5: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
+    shown: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
 
 
 def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], None]) -> None:
     """Audit the data set and write its shards, index.json and summary.json into `folder`.
+
+    The index also holds each class's frequency in train: its share of the labelled pixels of the
+    images that show it.
 
     `progress(done, total)` is called with the number of records.
 
@@ -88,11 +95,14 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
         json.dumps({"name": params.name, "splits": summary}, indent=2, ensure_ascii=False) + "\n",
         encoding="utf-8",
     )
+    shown = np.sum([shard.shown for shard in splits["train"]], axis=0)
+    frequency = (histograms["train"] / shown.clip(min=1))[: len(classes)]
     index: dict[str, Any] = {
         "name": params.name,
         "classes": params.classes,
         "palette": params.palette,
         "ignore_index": params.ignore_index,
+        "frequency": frequency.tolist(),
         "shards": {shard.name: shard.md5 for shard in shards},
     }
     entries = {
@@ -126,6 +136,7 @@ def _pack(
             shard.entries.append(Entry(record.name, name, offset, height, width))
             shard.image_md5[record.name] = _pixels_md5(image)
             shard.histogram += histogram
+            shard.shown += (histogram > 0) * histogram[:num_classes].sum()
             for part in (image.tobytes(), target.astype(np.uint8).tobytes()):
                 digest.update(part)
                 offset += file.write(part)

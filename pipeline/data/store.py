@@ -77,6 +77,7 @@ class Store:
         self.classes: tuple[str, ...] = tuple(index["classes"])
         self.palette: tuple[tuple[int, int, int], ...] = tuple(map(tuple, index["palette"]))
         self.ignore_index: int = index["ignore_index"]
+        self.frequency: list[float] = index["frequency"]  # of each class, see `audit.prepare`
         self.shards: dict[str, str] = index["shards"]
         self._splits: dict[str, list[list[Any]]] = index["splits"]
 
