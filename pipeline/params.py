@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -17,6 +25,8 @@ Positive = Annotated[int, Field(ge=1)]
 Size = tuple[Positive, Positive]
 Grey = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Grey, Grey, Grey]
+Above0 = Annotated[float, Field(gt=0)]
+Weights = Annotated[tuple[Above0, ...], Field(strict=False)]  # a list, as YAML has it
 
 
 class Section(BaseModel):
@@ -145,6 +155,47 @@ class ModelParams(Section):
     unet: UNetParams
 
 
+class LossParams(Section):
+    """The terms of the loss by their weights, 0 for none, and what some of them need."""
+
+    cross_entropy: float = Field(ge=0)
+    ohem: float = Field(ge=0)
+    dice: float = Field(ge=0)
+    focal: float = Field(ge=0)
+    lovasz: float = Field(ge=0)
+    tversky: float = Field(ge=0)
+    avg_non_ignore: bool
+    class_weights: Weights | Literal["balanced"] | None
+    ohem_threshold: Probability
+    ohem_min_kept: Positive
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The weights of the terms that are on."""
+        names = ("cross_entropy", "ohem", "dice", "focal", "lovasz", "tversky")
+        return {name: getattr(self, name) for name in names if getattr(self, name) > 0}
+
+    @field_validator("class_weights", mode="wrap")
+    @classmethod
+    def _are_weights(cls, given: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(given)
+        except ValidationError:
+            raise ValueError(
+                "must be null, balanced, or a list with a number above 0 for each class"
+            ) from None
+
+    @model_validator(mode="after")
+    def _has_a_term(self) -> Self:
+        if not self.terms:
+            raise ValueError("every term has weight 0; give one of them, as cross_entropy, 1")
+        if self.class_weights and not self.terms.keys() & {"cross_entropy", "ohem"}:
+            raise ValueError(
+                "class_weights weigh cross_entropy and ohem, and both are 0; set class_weights null"
+            )
+        return self
+
+
 class ScheduleParams(Section):
     """The learning rate over the iterations."""
 
@@ -173,6 +224,7 @@ class TrainParams(Section):
     lr: float = Field(gt=0)
     momentum: Fraction
     weight_decay: float = Field(ge=0)
+    loss: LossParams
     schedule: ScheduleParams
     precision: Literal["fp32", "fp64", "bf16"]
     seed: int = Field(ge=0, lt=2**32)
@@ -253,6 +305,16 @@ class Params(Section):
     train: TrainParams
     evaluation: EvaluationParams
     tracking: TrackingParams
+
+    @model_validator(mode="after")
+    def _every_class_has_a_weight(self) -> Self:
+        weights, classes = self.train.loss.class_weights, len(self.data.classes)
+        if isinstance(weights, tuple) and len(weights) != classes:
+            raise ValueError(
+                f"train.loss.class_weights has {len(weights)} numbers for the {classes} "
+                "data.classes; give one a class, or balanced"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pooled_batch_has_a_variance(self) -> Self:

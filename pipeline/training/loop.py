@@ -20,7 +20,8 @@ from pipeline.evaluation.inference import build_predictor, evaluate
 from pipeline.evaluation.metrics import summarize
 from pipeline.params import Params, flatten
 from pipeline.training.checkpoint import build_checkpoint
-from pipeline.training.optimization import cross_entropy_sum, learning_rate
+from pipeline.training.losses import Criterion
+from pipeline.training.optimization import learning_rate
 from pipeline.training.state import State, result_params
 
 log = logging.getLogger("instep")
@@ -74,6 +75,7 @@ def train(
         params.evaluation,
     )
     meta = describe(params, store)
+    criterion = Criterion(options.loss, store.frequency, store.ignore_index, device)
     parallel = distributed.parallelize(model, device).train()
 
     bar = tqdm(
@@ -90,9 +92,7 @@ def train(
         lr = learning_rate(options, progress.iteration)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = train_step(
-            parallel, optimizer, (images, targets, keys), params, store.ignore_index, device
-        )
+        loss = train_step(parallel, optimizer, criterion, (images, targets, keys), params, device)
         progress.iteration += 1
         bar.update()
 
@@ -145,21 +145,21 @@ def train(
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    criterion: Criterion,
     batch: tuple[Tensor, Tensor, Tensor],
     params: Params,
-    ignore_index: int,
     device: torch.device,
 ) -> Tensor:
     """One optimizer step on this rank's share of the batch; returns its share of the loss.
 
     The batch is images (n,3,h,w) uint8, targets (n,h,w) uint8, keys (n,) int64: the microbatches,
-    one after another. The loss is the cross entropy of the head, plus that of the auxiliary head by
-    its weight, summed over the valid pixels and divided by those of the whole global batch: so
-    neither ranks nor microbatches weigh differently when their valid pixels differ.
+    one after another. The loss is the criterion of the head, plus that of the auxiliary head by its
+    weight.
     """
     options = params.train
     images, targets = (part.to(device, non_blocking=True) for part in batch[:2])
-    valid = distributed.sum_over_ranks((targets != ignore_index).sum()).clamp(min=1)
+    divisors = distributed.sum_over_ranks(criterion.count(targets))
+    divisors += divisors == 0  # no valid pixel: a loss of 0 / 1
     weights = (1.0, params.model.aux_weight)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     parts = zip(*(part.chunk(options.accumulation) for part in (images, targets, batch[2])))
@@ -171,8 +171,8 @@ def train_step(
             )
             with autocast(device, options.precision):
                 outputs = model(inputs, key)
-            losses = [cross_entropy_sum(logits, target, ignore_index) for logits in outputs]
-            part = sum(weight * one for weight, one in zip(weights, losses)) / valid
+            losses = [criterion(one, target, divisors) for one in outputs]
+            part = torch.stack([weight * one for weight, one in zip(weights, losses)]).sum()
             # DDP averages the gradients of the ranks; theirs are parts of one sum.
             torch.autograd.backward(part * distributed.world_size())
         loss += part.detach()

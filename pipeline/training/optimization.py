@@ -1,23 +1,9 @@
-"""Loss, optimizer and learning rate."""
+"""Optimizer and learning rate."""
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from pipeline.params import TrainParams
-
-
-def cross_entropy_sum(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Cross entropy summed over the valid pixels: the caller divides once, by those of all ranks.
-
-    logits (N,C,H,W), target (N,H,W) uint8 -> scalar, at least fp32. Pixels as rows, because torch's
-    two-dimensional form has no deterministic CUDA kernel.
-    """
-    rows = logits.permute(0, 2, 3, 1).flatten(0, 2)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return F.cross_entropy(
-        rows, target.flatten().long(), ignore_index=ignore_index, reduction="sum"
-    )
 
 
 def build_optimizer(model: nn.Module, params: TrainParams) -> torch.optim.Optimizer:

@@ -1,13 +1,11 @@
-"""The learning rate against published schedules, the loss by hand."""
-
-import math
+"""The learning rate against published schedules."""
 
 import pytest
 import torch
 from torch import nn
 
 from pipeline.params import TrainParams
-from pipeline.training.optimization import build_optimizer, cross_entropy_sum, learning_rate
+from pipeline.training.optimization import build_optimizer, learning_rate
 from tests.unit.sections import params
 
 
@@ -51,34 +49,6 @@ def test_the_warm_up_rises_in_equal_steps():
 def test_the_shortest_trainings_have_a_rate(warmup_iters: int):
     train = schedule(warmup_iters + 1, warmup_iters)
     assert learning_rate(train, warmup_iters) == 0.01
-
-
-def test_the_loss_is_a_sum_over_the_valid_pixels():
-    logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]]).T.reshape(1, 2, 1, 2)
-    # Pixel 0: class 0 against logits (0, 0); pixel 1: class 1 against (ln 3, 0).
-    target = torch.tensor([[[0, 1]]], dtype=torch.uint8)
-    expected = math.log(2) + math.log(4)
-    assert cross_entropy_sum(logits, target, 255).item() == pytest.approx(expected)
-    target[0, 0, 1] = 255
-    assert cross_entropy_sum(logits, target, 255).item() == pytest.approx(math.log(2))
-
-
-def test_the_loss_of_nothing_but_ignored_pixels_is_zero_with_zero_gradients():
-    logits = torch.ones(1, 3, 2, 2, requires_grad=True)
-    loss = cross_entropy_sum(logits, torch.full((1, 2, 2), 9, dtype=torch.uint8), 9)
-    loss.backward()
-    assert loss.item() == 0
-    assert not logits.grad.any()
-
-
-def test_the_loss_of_bf16_logits_is_summed_in_fp32():
-    loss = cross_entropy_sum(
-        torch.zeros(1, 2, 32, 32, dtype=torch.bfloat16),
-        torch.zeros(1, 32, 32, dtype=torch.uint8),
-        255,
-    )
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(1024 * math.log(2), rel=1e-6)
 
 
 def test_the_optimizer_is_the_one_asked_for():
