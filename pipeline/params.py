@@ -199,6 +199,7 @@ class LossParams(Section):
 class ScheduleParams(Section):
     """The learning rate over the iterations."""
 
+    policy: Literal["poly", "cosine"]
     power: float = Field(gt=0)
     min_lr: float = Field(ge=0)
     warmup_iters: int = Field(ge=0)
@@ -222,8 +223,13 @@ class TrainParams(Section):
     iterations: Positive
     optimizer: Literal["sgd", "adamw"]
     lr: float = Field(gt=0)
+    base_batch_size: Positive
+    auto_scale_lr: bool
     momentum: Fraction
     weight_decay: float = Field(ge=0)
+    decay_norm: bool
+    head_lr_mult: float = Field(gt=0)
+    clip_grad_norm: Above0 | None
     loss: LossParams
     schedule: ScheduleParams
     precision: Literal["fp32", "fp64", "bf16"]

@@ -18,7 +18,7 @@ from pipeline.params import Params, flatten, load_params, plain
 from pipeline.tracking import Tracker, dvc_tags, git_tags, open_training_run
 from pipeline.training.checkpoint import load_checkpoint, load_weights
 from pipeline.training.loop import Progress, train
-from pipeline.training.optimization import build_optimizer
+from pipeline.training.optimization import build_optimizer, restore_optimizer
 from pipeline.training.state import State, start_file, train_fingerprint
 
 log = logging.getLogger("instep")
@@ -88,9 +88,7 @@ def resume(
             path = start_file(options.load_from, params)
             load_weights(model, load_checkpoint(path), str(path))
         return Progress()
-    # What the parameters say of momentum and decay holds, whatever the checkpoint was trained with.
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+    restore_optimizer(optimizer, checkpoint["optimizer"], model)
     log.info("continuing at iteration %d", checkpoint["iteration"])
     best = checkpoint["best"] if saved else None  # resume_from: the best lies in another run
     return Progress(checkpoint["iteration"], best, history)

@@ -91,7 +91,7 @@ def train(
         waited += time.perf_counter() - waiting
         lr = learning_rate(options, progress.iteration)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(options, progress.iteration, group["lr_mult"])
         loss = train_step(parallel, optimizer, criterion, (images, targets, keys), params, device)
         progress.iteration += 1
         bar.update()
@@ -176,6 +176,8 @@ def train_step(
             # DDP averages the gradients of the ranks; theirs are parts of one sum.
             torch.autograd.backward(part * distributed.world_size())
         loss += part.detach()
+    if options.clip_grad_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     return loss

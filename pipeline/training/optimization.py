@@ -1,38 +1,80 @@
 """Optimizer and learning rate."""
 
+import math
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from pipeline.params import TrainParams
 
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
 
 def build_optimizer(model: nn.Module, params: TrainParams) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW (https://arxiv.org/abs/1711.05101), decaying every parameter."""
+    """SGD with momentum, or AdamW (https://arxiv.org/abs/1711.05101)."""
+    groups = parameter_groups(model, params)
     if params.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(),
-            params.lr,
-            momentum=params.momentum,
-            weight_decay=params.weight_decay,
-        )
-    return torch.optim.AdamW(
-        model.parameters(),
-        params.lr,
-        betas=(params.momentum, 0.999),
-        weight_decay=params.weight_decay,
-    )
+        return torch.optim.SGD(groups, params.lr, momentum=params.momentum)
+    return torch.optim.AdamW(groups, params.lr, betas=(params.momentum, 0.999))
 
 
-def learning_rate(params: TrainParams, iteration: int) -> float:
-    """Poly decay from lr to min_lr, reached at the last iteration, after a linear warm-up.
+def parameter_groups(model: nn.Module, params: TrainParams) -> list[dict[str, Any]]:
+    """The parameters and their names, by `lr_mult` and `weight_decay`."""
+    norms = {
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if isinstance(module, NORMS)
+        for own, _ in module.named_parameters(recurse=False)
+    }
+    groups: dict[tuple[float, float], list[tuple[str, Tensor]]] = {}
+    for name, parameter in model.named_parameters():
+        backbone = name.startswith("backbone.")
+        undecayed = backbone and name in norms and not params.decay_norm
+        lr_mult = 1.0 if backbone else params.head_lr_mult
+        weight_decay = 0.0 if undecayed else params.weight_decay
+        groups.setdefault((lr_mult, weight_decay), []).append((name, parameter))
+    return [
+        {"params": members, "lr_mult": lr_mult, "weight_decay": weight_decay}
+        for (lr_mult, weight_decay), members in groups.items()
+    ]
 
-    The warm-up rises from warmup_ratio * lr to lr over iterations 0 to warmup_iters - 1; the decay
-    begins at warmup_iters. Source: https://arxiv.org/abs/1606.00915
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], model: nn.Module
+) -> None:
+    """Give every parameter what an optimizer's state knew of it, by name.
+
+    Groups and settings stay: what params.yaml says holds, whatever the checkpoint was trained with.
+    """
+    order = [name for name, _ in model.named_parameters()]  # of a state without names
+    names = [name for group in saved["param_groups"] for name in group.get("param_names", order)]
+    states = {names[index]: state for index, state in saved["state"].items()}
+    groups = optimizer.state_dict()["param_groups"]
+    own = [name for group in groups for name in group["param_names"]]
+    state = {index: states[name] for index, name in enumerate(own) if name in states}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def learning_rate(params: TrainParams, iteration: int, lr_mult: float = 1.0) -> float:
+    """Decay from lr * lr_mult to min_lr, reached at the last iteration, after a linear warm-up.
+
+    The warm-up rises from warmup_ratio of that rate to the whole over iterations 0 to
+    warmup_iters - 1; the decay begins at warmup_iters. With auto_scale_lr, lr is params.lr *
+    batch_size / base_batch_size. Sources: https://arxiv.org/abs/1606.00915 (poly),
+    https://arxiv.org/abs/1608.03983 (cosine), https://arxiv.org/abs/1706.02677 (both others)
     """
     schedule = params.schedule
+    scale = params.batch_size / params.base_batch_size if params.auto_scale_lr else 1
+    lr = params.lr * scale * lr_mult
     begin = schedule.warmup_iters
     if iteration < begin:
         progress = iteration / max(begin - 1, 1)
-        return params.lr * (schedule.warmup_ratio + (1 - schedule.warmup_ratio) * progress)
-    left = 1 - (iteration - begin) / max(params.iterations - begin - 1, 1)
-    return float(schedule.min_lr + (params.lr - schedule.min_lr) * left**schedule.power)
+        return lr * (schedule.warmup_ratio + (1 - schedule.warmup_ratio) * progress)
+    steps = max(params.iterations - begin - 1, 1)
+    left = (steps - (iteration - begin)) / steps
+    share = (
+        left**schedule.power if schedule.policy == "poly" else (1 - math.cos(math.pi * left)) / 2
+    )
+    return float(schedule.min_lr + (lr - schedule.min_lr) * share)
