@@ -230,9 +230,10 @@ class TrainParams(Section):
     decay_norm: bool
     head_lr_mult: float = Field(gt=0)
     clip_grad_norm: Above0 | None
+    ema_decay: Share | None
     loss: LossParams
     schedule: ScheduleParams
-    precision: Literal["fp32", "fp64", "bf16"]
+    precision: Literal["fp32", "fp64", "bf16", "fp16"]
     seed: int = Field(ge=0, lt=2**32)
     deterministic: bool
     validation: bool = Field(alias="validate")

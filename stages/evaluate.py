@@ -18,7 +18,7 @@ from pipeline.evaluation.report import choose, write_overlays, write_plots
 from pipeline.models import build_model
 from pipeline.params import ModelParams, Params, flatten, load_params, plain
 from pipeline.tracking import dvc_tags, git_tags, open_evaluation_run
-from pipeline.training.checkpoint import Checkpoint, load_checkpoint, load_weights
+from pipeline.training.checkpoint import Checkpoint, averaged, load_checkpoint, load_weights
 from pipeline.training.state import State, evaluation_fingerprint
 
 METRICS = Path("metrics.json")
@@ -75,7 +75,7 @@ def load_predictor(params: Params, checkpoint: Checkpoint, device: torch.device)
     distributed.seed_everything(trained["train"]["seed"], deterministic)
     model = build_model(model_params, len(checkpoint["classes"]))
     model.to(device, DTYPES[precision]).to(memory_format=torch.channels_last)
-    load_weights(model, checkpoint, "the checkpoint")
+    load_weights(model, averaged(checkpoint), "the checkpoint")
     scale = trained["augmentation"]["scale"]
     predictor = build_predictor(model, device, precision, model_params, scale, params.evaluation)
     return replace(predictor, flip=params.evaluation.flip)

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pipeline import distributed
 from pipeline.data.store import PREPARED, Store
@@ -16,9 +15,9 @@ from pipeline.data.transforms import DTYPES
 from pipeline.models import build_model
 from pipeline.params import Params, flatten, load_params, plain
 from pipeline.tracking import Tracker, dvc_tags, git_tags, open_training_run
-from pipeline.training.checkpoint import load_checkpoint, load_weights
+from pipeline.training.checkpoint import averaged, load_checkpoint, load_weights
 from pipeline.training.loop import Progress, train
-from pipeline.training.optimization import build_optimizer, restore_optimizer
+from pipeline.training.optimization import Learner, build_learner
 from pipeline.training.state import State, start_file, train_fingerprint
 
 log = logging.getLogger("instep")
@@ -42,16 +41,16 @@ def run(params: Params, device: torch.device) -> None:
     distributed.seed_everything(options.seed, options.deterministic)
     model = build_model(params.model, len(store.classes))
     model.to(device, DTYPES[options.precision]).to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, options)
+    learner = build_learner(model, options, device)
 
     with state.locked() if first else nullcontext():
         distributed.barrier()
         if first:
             open_log(Path(options.work_dir), state)
-        progress = resume(params, state, model, optimizer)
+        progress = resume(params, state, learner)
         tracker = open_run(params, store, state, progress) if first else Tracker()
         try:
-            train(params, store, model, optimizer, progress, device, state, tracker.log)
+            train(params, store, learner, progress, device, state, tracker.log)
             if first:
                 write_outputs(Path(options.work_dir), state, tracker)
         except BaseException:
@@ -60,11 +59,9 @@ def run(params: Params, device: torch.device) -> None:
         tracker.finish("FINISHED")
 
 
-def resume(
-    params: Params, state: State, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Progress:
-    """Fill the model and the optimizer from where the training starts."""
-    options, saved = params.train, state.load()
+def resume(params: Params, state: State, learner: Learner) -> Progress:
+    """Fill the learner from where the training starts."""
+    options, model, saved = params.train, learner.model, state.load()
     if saved is not None:
         checkpoint, history = saved
         load_weights(model, checkpoint, "the saved state")
@@ -86,9 +83,9 @@ def resume(
     else:
         if options.load_from:
             path = start_file(options.load_from, params)
-            load_weights(model, load_checkpoint(path), str(path))
+            load_weights(model, averaged(load_checkpoint(path)), str(path))
         return Progress()
-    restore_optimizer(optimizer, checkpoint["optimizer"], model)
+    learner.restore(checkpoint)
     log.info("continuing at iteration %d", checkpoint["iteration"])
     best = checkpoint["best"] if saved else None  # resume_from: the best lies in another run
     return Progress(checkpoint["iteration"], best, history)

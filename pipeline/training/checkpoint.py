@@ -15,7 +15,7 @@ Checkpoint = dict[str, Any]
 def build_checkpoint(
     model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, meta: dict[str, Any]
 ) -> Checkpoint:
-    """Model, optimizer, the number of iterations done, and `meta`: plain data on how it was made.
+    """Model, optimizer, the number of iterations done, and `meta`: tensors and plain data.
 
     Nothing in it differs between two equal runs, so equal runs have equal files.
     """
@@ -94,6 +94,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if missing:
         raise ValueError(f"{path}: not a checkpoint of this tool: no {', '.join(sorted(missing))}")
     return checkpoint
+
+
+def averaged(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the moving average of the weights as its model, if it has one."""
+    return checkpoint | {"model": checkpoint.get("ema", checkpoint["model"])}
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, source: str) -> None:

@@ -21,7 +21,7 @@ from pipeline.evaluation.metrics import summarize
 from pipeline.params import Params, flatten
 from pipeline.training.checkpoint import build_checkpoint
 from pipeline.training.losses import Criterion
-from pipeline.training.optimization import learning_rate
+from pipeline.training.optimization import Learner, learning_rate
 from pipeline.training.state import State, result_params
 
 log = logging.getLogger("instep")
@@ -29,7 +29,7 @@ log = logging.getLogger("instep")
 
 @dataclass
 class Progress:
-    """All that changes while a training runs, besides the model and the optimizer.
+    """All that changes while a training runs, besides the learner's tensors.
 
     `history` holds the curves, {"iteration": i, "train/loss": ..., ...} in the order of the
     iterations; timings stand under `time/` and are no part of the result.
@@ -43,8 +43,7 @@ class Progress:
 def train(
     params: Params,
     store: Store,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
     progress: Progress,
     device: torch.device,
     state: State,
@@ -67,7 +66,7 @@ def train(
     loader = build_loader(samples, batches, options.workers, device.type == "cuda")
     validation = store.split("val")
     predictor = build_predictor(
-        model,
+        learner.measured(),
         device,
         options.precision,
         params.model,
@@ -76,7 +75,7 @@ def train(
     )
     meta = describe(params, store)
     criterion = Criterion(options.loss, store.frequency, store.ignore_index, device)
-    parallel = distributed.parallelize(model, device).train()
+    parallel = distributed.parallelize(learner.model, device).train()
 
     bar = tqdm(
         total=options.iterations,
@@ -90,9 +89,9 @@ def train(
     for images, targets, keys in loader:
         waited += time.perf_counter() - waiting
         lr = learning_rate(options, progress.iteration)
-        for group in optimizer.param_groups:
+        for group in learner.optimizer.param_groups:
             group["lr"] = learning_rate(options, progress.iteration, group["lr_mult"])
-        loss = train_step(parallel, optimizer, criterion, (images, targets, keys), params, device)
+        loss = train_step(parallel, learner, criterion, (images, targets, keys), params, device)
         progress.iteration += 1
         bar.update()
 
@@ -133,8 +132,12 @@ def train(
             track(entry)
             log.info("%s", _line(entry, "  "))
         if main and (last or validate or progress.iteration % options.checkpoint.interval == 0):
-            best = {"best": progress.best}
-            checkpoint = build_checkpoint(model, optimizer, progress.iteration, meta | best)
+            checkpoint = build_checkpoint(
+                learner.model,
+                learner.optimizer,
+                progress.iteration,
+                meta | {"best": progress.best} | learner.states(),
+            )
             if improved:
                 state.save_best(checkpoint)
             state.save(checkpoint, progress.history)
@@ -144,7 +147,7 @@ def train(
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
     criterion: Criterion,
     batch: tuple[Tensor, Tensor, Tensor],
     params: Params,
@@ -152,9 +155,9 @@ def train_step(
 ) -> Tensor:
     """One optimizer step on this rank's share of the batch; returns its share of the loss.
 
-    The batch is images (n,3,h,w) uint8, targets (n,h,w) uint8, keys (n,) int64: the microbatches,
-    one after another. The loss is the criterion of the head, plus that of the auxiliary head by its
-    weight.
+    `model` is the learner's, in parallel. The batch is images (n,3,h,w) uint8, targets (n,h,w)
+    uint8, keys (n,) int64: the microbatches, one after another. The loss is the criterion of the
+    head, plus that of the auxiliary head by its weight.
     """
     options = params.train
     images, targets = (part.to(device, non_blocking=True) for part in batch[:2])
@@ -174,12 +177,16 @@ def train_step(
             losses = [criterion(one, target, divisors) for one in outputs]
             part = torch.stack([weight * one for weight, one in zip(weights, losses)]).sum()
             # DDP averages the gradients of the ranks; theirs are parts of one sum.
-            torch.autograd.backward(part * distributed.world_size())
+            torch.autograd.backward(learner.scaler.scale(part * distributed.world_size()))
         loss += part.detach()
+    learner.scaler.unscale_(learner.optimizer)
     if options.clip_grad_norm is not None:
         nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
+    learner.scaler.step(learner.optimizer)  # not where fp16 has overflowed
+    learner.scaler.update()
+    learner.optimizer.zero_grad()
+    if learner.average is not None:
+        learner.average.update_parameters(learner.model)
     return loss
 
 

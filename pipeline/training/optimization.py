@@ -1,15 +1,69 @@
-"""Optimizer and learning rate."""
+"""From gradients to weights: optimizer, learning rate, gradient scaler, moving average."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.params import TrainParams
+from pipeline.training.checkpoint import Checkpoint
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """All tensors that change while a training runs.
+
+    `scaler` does nothing unless train.precision is fp16. `average` holds the moving average of the
+    weights, beside the model's own statistics of batch normalisation; None without
+    train.ema_decay.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: AveragedModel | None
+
+    def measured(self) -> nn.Module:
+        """The network that validation is to measure."""
+        return self.model if self.average is None else self.average.module
+
+    def states(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the model and the optimizer."""
+        states: dict[str, Any] = {}
+        if self.scaler.is_enabled():
+            states["scaler"] = self.scaler.state_dict()
+        if self.average is not None:
+            states["ema"] = self.average.module.state_dict()
+        return states
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint whose weights the model has; what it lacks starts anew."""
+        restore_optimizer(self.optimizer, checkpoint["optimizer"], self.model)
+        if self.scaler.is_enabled() and "scaler" in checkpoint:
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        if self.average is not None and "ema" in checkpoint:
+            self.average.module.load_state_dict(checkpoint["ema"])
+            self.average.n_averaged.fill_(1)  # 0 would take the next weights for the average
+
+
+def build_learner(model: nn.Module, params: TrainParams, device: torch.device) -> Learner:
+    """The model with all that trains it.
+
+    Sources: https://arxiv.org/abs/1710.03740 (scaler),
+    https://docs.pytorch.org/docs/stable/optim.html#weight-averaging-swa-and-ema (average)
+    """
+    average = None
+    if params.ema_decay is not None:
+        update = get_ema_multi_avg_fn(params.ema_decay)  # type: ignore[no-untyped-call]
+        average = AveragedModel(model, multi_avg_fn=update)
+    scaler = torch.amp.GradScaler(device.type, enabled=params.precision == "fp16")
+    return Learner(model, build_optimizer(model, params), scaler, average)
 
 
 def build_optimizer(model: nn.Module, params: TrainParams) -> torch.optim.Optimizer:

@@ -91,6 +91,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_valid_one(
         ("data.ignore_index", 1, "data: ignore_index 1 is the id of class 'land'"),
         ("data.splits.group_by", "(", "data.splits.group_by: must be a regular expression"),
         ("data.splits.val", 0.85, "data.splits: val + test is 1; it must stay below 1"),
+        ("train.ema_decay", 1.0, "train.ema_decay: 1.0 should be less than 1"),
         ("train.clip_grad_norm", 0, "train.clip_grad_norm: 0 should be greater than 0"),
         ("train.head_lr_mult", 0, "train.head_lr_mult: 0 should be greater than 0"),
         ("train.schedule.policy", "step", "train.schedule.policy: \"step\" should be 'poly' or"),
