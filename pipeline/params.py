@@ -8,14 +8,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Size = tuple[Positive, Positive]
 Grey = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Grey, Grey, Grey]
+Above0 = Annotated[float, Field(gt=0)]
+Weights = Annotated[tuple[Above0, ...], Field(strict=False)]  # a list, as YAML has it
 
 MODELS = (
     "deeplabv3",
@@ -232,9 +243,7 @@ class ModelParams(Section):
     name: str
     backbone: BackboneParams
     mean: tuple[float, float, float]
-    std: tuple[
-        Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
-    ]
+    std: tuple[Above0, Above0, Above0]
     dropout: Fraction
     aux_weight: float = Field(ge=0)
     deeplab: DeepLabParams
@@ -278,9 +287,51 @@ class ModelParams(Section):
         return self
 
 
+class LossParams(Section):
+    """The terms of the loss by their weights, 0 for none, and what some of them need."""
+
+    cross_entropy: float = Field(ge=0)
+    ohem: float = Field(ge=0)
+    dice: float = Field(ge=0)
+    focal: float = Field(ge=0)
+    lovasz: float = Field(ge=0)
+    tversky: float = Field(ge=0)
+    avg_non_ignore: bool
+    class_weights: Weights | Literal["balanced"] | None
+    ohem_threshold: Probability
+    ohem_min_kept: Positive
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The weights of the terms that are on."""
+        names = ("cross_entropy", "ohem", "dice", "focal", "lovasz", "tversky")
+        return {name: getattr(self, name) for name in names if getattr(self, name) > 0}
+
+    @field_validator("class_weights", mode="wrap")
+    @classmethod
+    def _are_weights(cls, given: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(given)
+        except ValidationError:
+            raise ValueError(
+                "must be null, balanced, or a list with a number above 0 for each class"
+            ) from None
+
+    @model_validator(mode="after")
+    def _has_a_term(self) -> Self:
+        if not self.terms:
+            raise ValueError("every term has weight 0; give one of them, as cross_entropy, 1")
+        if self.class_weights and not self.terms.keys() & {"cross_entropy", "ohem"}:
+            raise ValueError(
+                "class_weights weigh cross_entropy and ohem, and both are 0; set class_weights null"
+            )
+        return self
+
+
 class ScheduleParams(Section):
     """The learning rate over the iterations."""
 
+    policy: Literal["poly", "cosine"]
     power: float = Field(gt=0)
     min_lr: float = Field(ge=0)
     warmup_iters: int = Field(ge=0)
@@ -304,11 +355,18 @@ class TrainParams(Section):
     iterations: int = Field(ge=0)
     optimizer: Literal["sgd", "adamw"]
     lr: float = Field(gt=0)
+    base_batch_size: Positive
+    auto_scale_lr: bool
     momentum: Fraction
     weight_decay: float = Field(ge=0)
+    decay_norm: bool
+    head_lr_mult: float = Field(gt=0)
+    clip_grad_norm: Above0 | None
+    ema_decay: Share | None
+    loss: LossParams
     schedule: ScheduleParams
-    rare_class_temperature: Annotated[float, Field(gt=0)] | None
-    precision: Literal["fp32", "fp64", "bf16"]
+    rare_class_temperature: Above0 | None
+    precision: Literal["fp32", "fp64", "bf16", "fp16"]
     seed: int = Field(ge=0, lt=2**32)
     deterministic: bool
     validation: bool = Field(alias="validate")
@@ -358,7 +416,7 @@ class EvaluationParams(Section):
     crop: Size
     stride: Size
     split: Literal["val", "test"]
-    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
+    scales: tuple[Above0, ...] = Field(min_length=1)
     flip: bool
     batch_size: Positive
 
@@ -389,6 +447,16 @@ class Params(Section):
     train: TrainParams
     evaluation: EvaluationParams
     tracking: TrackingParams
+
+    @model_validator(mode="after")
+    def _every_class_has_a_weight(self) -> Self:
+        weights, classes = self.train.loss.class_weights, len(self.data.classes)
+        if isinstance(weights, tuple) and len(weights) != classes:
+            raise ValueError(
+                f"train.loss.class_weights has {len(weights)} numbers for the {classes} "
+                "data.classes; give one a class, or balanced"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_suits_the_model(self) -> Self:

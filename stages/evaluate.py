@@ -18,7 +18,7 @@ from pipeline.evaluation.report import choose, write_overlays, write_plots
 from pipeline.models import build_model
 from pipeline.params import ModelParams, Params, flatten, load_params, plain
 from pipeline.tracking import dvc_tags, git_tags, open_evaluation_run
-from pipeline.training.checkpoint import Checkpoint, fill, load_checkpoint
+from pipeline.training.checkpoint import Checkpoint, averaged, fill, load_checkpoint
 from pipeline.training.state import State, evaluation_fingerprint
 
 METRICS = Path("metrics.json")
@@ -82,7 +82,7 @@ def load_predictor(params: Params, checkpoint: Checkpoint, device: torch.device)
     distributed.seed_everything(trained["train"]["seed"], deterministic)
     model = build_model(model_params, len(checkpoint["classes"]))
     model.to(device, DTYPES[precision]).to(memory_format=torch.channels_last)
-    fill(model, checkpoint["model"], "the checkpoint")
+    fill(model, averaged(checkpoint), "the checkpoint")
     scale = trained["augmentation"]["scale"]
     predictor = build_predictor(model, device, precision, model_params, scale, params.evaluation)
     return replace(predictor, scales=params.evaluation.scales, flip=params.evaluation.flip)

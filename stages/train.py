@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pipeline import distributed
 from pipeline.data.store import PREPARED, Store
@@ -18,7 +17,7 @@ from pipeline.params import ModelParams, Params, flatten, load_params, plain
 from pipeline.tracking import Tracker, dvc_tags, git_tags, open_training_run
 from pipeline.training.checkpoint import fill, load_checkpoint, load_weights
 from pipeline.training.loop import Progress, train
-from pipeline.training.optimization import build_optimizer
+from pipeline.training.optimization import Learner, build_learner
 from pipeline.training.state import State, start_file, train_fingerprint
 
 log = logging.getLogger("instep")
@@ -47,7 +46,7 @@ def run(params: Params, device: torch.device) -> None:
     distributed.seed_everything(options.seed, options.deterministic)
     model = build_model(first_weights(params, state), len(store.classes))
     model.to(device, DTYPES[options.precision]).to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, options)
+    learner = build_learner(model, options, device)
 
     with state.locked() if first else nullcontext():
         distributed.barrier()
@@ -55,10 +54,10 @@ def run(params: Params, device: torch.device) -> None:
             open_log(Path(options.work_dir), state)
         else:
             log.setLevel(logging.ERROR)  # the first process says it for all
-        progress = resume(params, store, state, model, optimizer)
+        progress = resume(params, store, state, learner)
         tracker = open_run(params, store, state, progress) if first else Tracker()
         try:
-            train(params, store, model, optimizer, progress, device, state, tracker.log)
+            train(params, store, learner, progress, device, state, tracker.log)
             if first:
                 write_outputs(Path(options.work_dir), state, tracker)
         except BaseException:
@@ -76,15 +75,9 @@ def first_weights(params: Params, state: State) -> ModelParams:
     return section
 
 
-def resume(
-    params: Params,
-    store: Store,
-    state: State,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> Progress:
-    """Fill the model and the optimizer from where the training starts."""
-    options, saved = params.train, state.load()
+def resume(params: Params, store: Store, state: State, learner: Learner) -> Progress:
+    """Fill the learner from where the training starts."""
+    options, model, saved = params.train, learner.model, state.load()
     if saved is not None:
         checkpoint, history = saved
         fill(model, checkpoint["model"], "the saved state")
@@ -108,9 +101,7 @@ def resume(
             path = start_file(options.load_from, params)
             load_weights(model, path, options.load_strict, store.classes)
         return Progress()
-    # What the parameters say of momentum and decay holds, whatever the checkpoint was trained with.
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+    learner.restore(checkpoint)
     log.info("continuing at iteration %d", checkpoint["iteration"])
     best = checkpoint["best"] if saved else None  # resume_from: the best lies in another run
     return Progress(checkpoint["iteration"], best, history)

@@ -28,7 +28,10 @@ RECORDS_PER_SHARD = 128
 
 @dataclass
 class Shard:
-    """What the packing of one shard found."""
+    """What the packing of one shard found.
+
+    `histogram` counts the pixels of each id, `shown` the labelled ones of the images that show it.
+    """
 
     name: str
     split: str
@@ -37,10 +40,14 @@ class Shard:
     image_md5: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
+    shown: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
 
 
 def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], None]) -> None:
     """Audit the data set and write its shards, index.json and summary.json into `folder`.
+
+    The index also holds each class's frequency in train: its share of the labelled pixels of the
+    images that show it.
 
     `progress(done, total)` is called with the number of records.
 
@@ -105,6 +112,7 @@ def _pack(
             shard.entries.append(Entry(record.name, name, offset, height, width, classes))
             shard.image_md5[record.name] = _pixels_md5(image)
             shard.histogram += histogram
+            shard.shown += (histogram > 0) * histogram[: len(params.classes)].sum()
             for part in (image.tobytes(), target.tobytes()):
                 digest.update(part)
                 offset += file.write(part)

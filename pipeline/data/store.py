@@ -83,6 +83,7 @@ class Store:
         self.palette: tuple[tuple[int, int, int], ...] = tuple(map(tuple, index["palette"]))
         self.ignore_index: int = index["ignore_index"]
         self.pixels: tuple[int, ...] = tuple(index["pixels"])  # of each class in train
+        self.frequency: list[float] = index["frequency"]  # of each class, see `audit.prepare`
         self.shards: dict[str, str] = index["shards"]
         self._splits: dict[str, list[list[Any]]] = index["splits"]
 

@@ -17,8 +17,14 @@ from pipeline.params import AugmentationParams, ModelParams
 
 Array = NDArray[np.uint8]
 
-# train.precision -> the type of weights and inputs; bf16 is autocast's.
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.float32}
+# train.precision -> the type of weights and inputs, and of what autocast computes in.
+DTYPES = {
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "bf16": torch.float32,
+    "fp16": torch.float32,
+}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Window(NamedTuple):
@@ -196,5 +202,5 @@ def normalize(
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of a forward: bf16 where `precision` says so, else nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """The context of a forward: bf16 or fp16 where `precision` says so, else nothing."""
+    return torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)

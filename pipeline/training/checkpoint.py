@@ -22,7 +22,7 @@ AUXILIARY = "auxiliary_head."
 def build_checkpoint(
     model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, meta: dict[str, Any]
 ) -> Checkpoint:
-    """Model, optimizer, the number of iterations done, and `meta`: plain data on how it was made.
+    """Model, optimizer, the number of iterations done, and `meta`: tensors and plain data.
 
     Nothing in it differs between two equal runs, so equal runs have equal files.
     """
@@ -103,6 +103,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def averaged(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The moving average of the weights, if the checkpoint has one, or else the weights."""
+    weights: dict[str, Tensor] = checkpoint["ema" if "ema" in checkpoint else "model"]
+    return weights
+
+
 def load_weights(
     model: nn.Module, path: Path, strict: bool = True, classes: Sequence[str] = ()
 ) -> None:
@@ -117,7 +123,7 @@ def load_weights(
     """
     content = load_file(path)
     if content.keys() >= OWN:
-        weights, theirs = content["model"], content.get("classes", [])
+        weights, theirs = averaged(content), content.get("classes") or []
     else:
         weights, theirs = foreign_weights(content, path), foreign_classes(content)
     source = str(path)

@@ -21,7 +21,8 @@ from pipeline.evaluation.metrics import summarize
 from pipeline.models.layers import Output
 from pipeline.params import Params, TrainParams, flatten
 from pipeline.training.checkpoint import build_checkpoint
-from pipeline.training.optimization import cross_entropy_sum, labels_at, learning_rate
+from pipeline.training.losses import Criterion, labels_at
+from pipeline.training.optimization import Learner, learning_rate
 from pipeline.training.state import State, result_params
 
 log = logging.getLogger("instep")
@@ -29,7 +30,7 @@ log = logging.getLogger("instep")
 
 @dataclass
 class Progress:
-    """All that changes while a training runs, besides the model and the optimizer.
+    """All that changes while a training runs, besides the learner's tensors.
 
     `history` holds the curves, {"iteration": i, "train/loss": ..., ...} in the order of the
     iterations; timings stand under `time/` and are no part of the result.
@@ -43,8 +44,7 @@ class Progress:
 def train(
     params: Params,
     store: Store,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
     progress: Progress,
     device: torch.device,
     state: State,
@@ -69,7 +69,7 @@ def train(
     loader = build_loader(samples, batches, options.workers, device.type == "cuda")
     validation = store.split("val")
     predictor = build_predictor(
-        model,
+        learner.measured(),
         device,
         options.precision,
         params.model,
@@ -77,7 +77,8 @@ def train(
         params.evaluation,
     )
     meta = describe(params, store)
-    parallel = distributed.parallelize(model, device).train()
+    criterion = Criterion(options.loss, store.frequency, store.ignore_index, device)
+    parallel = distributed.parallelize(learner.model, device).train()
 
     bar = tqdm(
         total=options.iterations,
@@ -91,11 +92,9 @@ def train(
     for images, targets, keys in loader:
         waited += time.perf_counter() - waiting
         lr = learning_rate(options, progress.iteration)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = train_step(
-            parallel, optimizer, (images, targets, keys), params, store.ignore_index, device
-        )
+        for group in learner.optimizer.param_groups:
+            group["lr"] = learning_rate(options, progress.iteration, group["lr_mult"])
+        loss = train_step(parallel, learner, criterion, (images, targets, keys), params, device)
         progress.iteration += 1
         bar.update()
 
@@ -136,35 +135,39 @@ def train(
             track(entry)
             log.info("%s", _line(entry, "  "))
         if main and (last or validate or progress.iteration % options.checkpoint.interval == 0):
-            best = {"best": progress.best}
-            checkpoint = build_checkpoint(model, optimizer, progress.iteration, meta | best)
+            checkpoint = build_checkpoint(
+                learner.model,
+                learner.optimizer,
+                progress.iteration,
+                meta | {"best": progress.best} | learner.states(),
+            )
             if improved:
                 state.save_best(checkpoint)
             state.save(checkpoint, progress.history)
         waiting = time.perf_counter()
     if main and options.iterations == 0:  # the weights as they were loaded
-        state.save(build_checkpoint(model, optimizer, 0, meta | {"best": None}), [])
+        state.save(build_checkpoint(learner.model, learner.optimizer, 0, meta | {"best": None}), [])
     bar.close()
 
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
+    criterion: Criterion,
     batch: tuple[Tensor, Tensor, Tensor],
     params: Params,
-    ignore_index: int,
     device: torch.device,
 ) -> Tensor:
     """One optimizer step on this rank's share of the batch; returns its share of the loss.
 
-    The batch is images (n,3,h,w) uint8, targets (n,h,w) uint8, keys (n,) int64: the microbatches,
-    one after another. The loss is the sum of the model's outputs by their weights, each a cross
-    entropy summed over the valid pixels and divided by those of the whole global batch: so neither
-    ranks nor microbatches weigh differently when their valid pixels differ.
+    `model` is the learner's, in parallel. The batch is images (n,3,h,w) uint8, targets (n,h,w)
+    uint8, keys (n,) int64: the microbatches, one after another. The loss is the sum of the
+    criterion of each of the model's outputs, by their weights.
     """
     options = params.train
     images, targets = (part.to(device, non_blocking=True) for part in batch[:2])
-    valid = distributed.sum_over_ranks((targets != ignore_index).sum()).clamp(min=1)
+    divisors = distributed.sum_over_ranks(criterion.count(targets))
+    divisors += divisors == 0  # no valid pixel: a loss of 0 / 1
     loss = torch.zeros((), dtype=torch.float64, device=device)
     parts = zip(*(part.chunk(options.accumulation) for part in (images, targets, batch[2])))
     for number, (image, target, key) in enumerate(parts, start=1):
@@ -175,25 +178,32 @@ def train_step(
             )
             with autocast(device, options.precision):
                 outputs = model(inputs, key)
-            losses = [_loss(output, target, ignore_index, valid, options) for output in outputs]
+            losses = [_loss(criterion, output, target, divisors, options) for output in outputs]
             part = torch.stack(losses).sum()
             # DDP averages the gradients of the ranks; theirs are parts of one sum.
-            torch.autograd.backward(part * distributed.world_size())
+            torch.autograd.backward(learner.scaler.scale(part * distributed.world_size()))
         loss += part.detach()
-    optimizer.step()
-    optimizer.zero_grad()
+    learner.scaler.unscale_(learner.optimizer)
+    if options.clip_grad_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad_norm)
+    learner.scaler.step(learner.optimizer)  # not where fp16 has overflowed
+    learner.scaler.update()
+    learner.optimizer.zero_grad()
+    if learner.average is not None:
+        learner.average.update_parameters(learner.model)
     return loss
 
 
 def _loss(
-    output: Output, target: Tensor, ignore_index: int, valid: Tensor, options: TrainParams
+    criterion: Criterion, output: Output, target: Tensor, divisors: Tensor, options: TrainParams
 ) -> Tensor:
     """An output's part in the loss of the global batch, by its weight."""
     if output.points is None:
-        return output.weight * cross_entropy_sum(output.logits, target, ignore_index) / valid
+        return output.weight * criterion(output.logits, target, divisors)
     labels = labels_at(target, output.points)
-    total = options.batch_size * labels.shape[1]  # as many in every image, labelled or not
-    return output.weight * cross_entropy_sum(output.logits, labels, ignore_index) / total
+    points = options.batch_size * labels.shape[1]  # as many in every image, labelled or not
+    counts = divisors.new_tensor([points, points, options.batch_size])
+    return output.weight * criterion(output.logits, labels, counts)
 
 
 def describe(params: Params, store: Store) -> dict[str, Any]:

@@ -77,13 +77,18 @@ def train(project: Path, gpus: int, *command: str, **changes: object) -> Path:
 
 
 def difference(one: Path, other: Path) -> float:
-    """The largest difference of a tensor, relative to its norm."""
-    a, b = (torch.load(path, weights_only=True)["model"] for path in (one, other))
+    """The largest difference of a tensor, averaged ones included, relative to its norm."""
+    a, b = (tensors(torch.load(path, weights_only=True)) for path in (one, other))
     assert a.keys() == b.keys()
     return max(
         float((a[name] - b[name]).double().norm() / a[name].double().norm().clamp(min=1e-12))
         for name in a
     )
+
+
+def tensors(checkpoint: dict) -> dict[str, torch.Tensor]:
+    average = checkpoint.get("ema", {})
+    return checkpoint["model"] | {f"ema.{name}": value for name, value in average.items()}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +106,33 @@ CASES = [(name, gpus) for name in ("pspnet", "pointrend", "segformer") for gpus 
 )
 def test_processes_give_the_weights_of_one(project: Path, one_process: Path, gpus: int) -> None:
     assert difference(one_process, train(project, gpus, **MODELS[one_process.stem])) < 1e-9
+
+
+def test_two_processes_share_every_term_the_clipping_and_the_average(project: Path) -> None:
+    changes = {
+        "train.iterations": 5,
+        "train.loss": {
+            "cross_entropy": 1.0,
+            "ohem": 0.5,
+            "dice": 0.5,
+            "focal": 0.5,
+            "lovasz": 0.0,  # the library computes it in fp32
+            "tversky": 0.5,
+            "avg_non_ignore": True,
+            "class_weights": "balanced",
+            "ohem_threshold": 0.4,
+            "ohem_min_kept": 100,
+        },
+        "train.clip_grad_norm": 0.5,
+        "train.ema_decay": 0.9,
+        "train.head_lr_mult": 10.0,
+        "train.decay_norm": False,
+    }
+    before = (project / "params.yaml").read_bytes()
+    one = shutil.copy(train(project, 1, **changes), project / "terms-one.pt")
+    two = train(project, 2)
+    (project / "params.yaml").write_bytes(before)
+    assert difference(Path(one), two) < 1e-9
 
 
 @pytest.mark.parametrize("missing", ["local_batch_norm", "unkeyed_dropout"])

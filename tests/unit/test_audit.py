@@ -124,3 +124,18 @@ def test_a_good_data_set_is_packed_counted_and_summarized(tmp_path: Path):
         '"ignored_pixels": 2',
     ):
         assert piece in summary
+
+
+def test_a_class_is_as_frequent_as_in_the_images_of_train_that_show_it(tmp_path: Path):
+    """Class a fills 3 of 5 and 4 of 4 labelled pixels, b 2 of 5, c 6 of 6."""
+    targets = {
+        "train/1": [[0, 0, 0, 255], [1, 1, 255, 255]],
+        "train/2": [[0, 0, 0, 0], [255] * 4],
+        "train/3": [[2, 2, 2, 2], [2, 2, 255, 255]],
+        "val/1": [[1, 1, 1, 1], [1, 1, 1, 0]],
+        "test/1": [[2, 2, 2, 2], [1, 1, 1, 1]],
+    }
+    for number, (name, target) in enumerate(targets.items()):
+        write(tmp_path, name, photo(number, (2, 4)), np.array(target, np.uint8))
+    prepare(data_params(tmp_path), tmp_path / "prepared", lambda done, total: None)
+    assert Store(tmp_path / "prepared").frequency == [7 / 9, 2 / 5, 1.0]

@@ -97,6 +97,23 @@ def test_an_unknown_name_is_answered_with_the_nearest_valid_one(
         ("data.ignore_index", 1, "data: ignore_index 1 is the id of class 'land'"),
         ("data.splits.group_by", "(", "data.splits.group_by: must be a regular expression"),
         ("data.splits.val", 0.85, "data.splits: val + test is 1; it must stay below 1"),
+        ("train.ema_decay", 1.0, "train.ema_decay: 1.0 should be less than 1"),
+        ("train.clip_grad_norm", 0, "train.clip_grad_norm: 0 should be greater than 0"),
+        ("train.head_lr_mult", 0, "train.head_lr_mult: 0 should be greater than 0"),
+        ("train.schedule.policy", "step", "train.schedule.policy: \"step\" should be 'poly' or"),
+        ("train.loss.cross_entropy", 0, "train.loss: every term has weight 0"),
+        ("train.loss.dice", -1, "train.loss.dice: -1 should be greater than or equal to 0"),
+        (
+            "train.loss.class_weights",
+            "even",
+            "train.loss.class_weights: must be null, balanced, or",
+        ),
+        (
+            "train.loss.class_weights",
+            [1, 0, 1],
+            "train.loss.class_weights: must be null, balanced,",
+        ),
+        ("train.loss.class_weights", [1, 1], "train.loss.class_weights has 2 numbers for the 3"),
         ("train.work_dir", "/tmp/out", "train.work_dir: must be a folder inside the repository"),
         ("train.work_dir", "../out", "train.work_dir: must be a folder inside the repository"),
         ("train.work_dir", ".", "train.work_dir: must be a folder inside the repository"),
@@ -174,6 +191,19 @@ def test_without_iterations_there_is_nothing_to_warm_up(tmp_path: Path):
     changes = {"train.iterations": 0, "train.schedule.warmup_iters": 60}
     (tmp_path / "params.yaml").write_text(json.dumps(document(changes)), encoding="utf-8")
     assert load_params(tmp_path / "params.yaml").train.iterations == 0
+
+
+def test_class_weights_need_a_term_that_they_weigh(tmp_path: Path):
+    loss = {"train.loss.cross_entropy": 0, "train.loss.dice": 1}
+    text = refusal(tmp_path, loss | {"train.loss.class_weights": "balanced"})
+    assert "class_weights weigh cross_entropy and ohem, and both are 0" in text
+
+
+@pytest.mark.parametrize(("given", "read"), [("balanced",) * 2, ([1, 2.5, 3], (1.0, 2.5, 3.0))])
+def test_class_weights_are_a_word_or_a_list(given: object, read: object, tmp_path: Path):
+    path = tmp_path / "params.yaml"
+    path.write_text(json.dumps(document({"train.loss.class_weights": given})), encoding="utf-8")
+    assert load_params(path).train.loss.class_weights == read
 
 
 def test_two_files_to_start_from_exclude_each_other(tmp_path: Path):

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from pipeline.models import build_model
 from pipeline.models.pointrend import sample, uncertainty
-from pipeline.training.optimization import labels_at
+from pipeline.training.losses import labels_at
 from tests.unit.test_models import options
 
 

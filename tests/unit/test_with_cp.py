@@ -12,13 +12,13 @@ import torch
 
 from tests.unit.sections import REPOSITORY, params
 
-ITERATIONS = 200
 
-
-def train(with_cp: bool) -> dict[str, Any]:
-    """PSPNet on ResNet-18: its losses, BN statistics and the peak memory of this process."""
+def train(with_cp: int, iterations: int, side: int) -> dict[str, Any]:
+    """PSPNet on ResNet-18: its losses, BN statistics and how much memory it took."""
     from pipeline.models import build_model
     from pipeline.training.loop import train_step
+    from pipeline.training.losses import Criterion
+    from pipeline.training.optimization import build_learner
 
     options = params(
         {
@@ -26,46 +26,59 @@ def train(with_cp: bool) -> dict[str, Any]:
             "model.backbone.name": "resnet18",
             "model.backbone.output_stride": 8,
             "model.backbone.pretrained": None,
-            "model.backbone.with_cp": with_cp,
+            "model.backbone.with_cp": bool(with_cp),
             "model.dropout": 0.1,
             "model.aux_weight": 0.4,
             "model.pspnet.channels": 16,
-            "train.batch_size": 12,
+            "train.batch_size": 2,
+            "train.optimizer": "sgd",
         }
     )
     torch.manual_seed(0)
-    model = build_model(options.model, 3).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    cpu = torch.device("cpu")
+    model = build_model(options.model, 3).to(memory_format=torch.channels_last).train()
+    learner = build_learner(model, options.train, cpu)
+    criterion = Criterion(options.train.loss, [1.0] * 3, 255, cpu)
     rng = np.random.default_rng(0)
-    images = torch.from_numpy(rng.integers(0, 256, (12, 3, 48, 48), np.uint8))
+    images = torch.from_numpy(rng.integers(0, 256, (2, 3, side, side), np.uint8))
     targets = (images.sum(dim=1) // 256).to(torch.uint8).clamp(max=2)
-    losses = []
-    for iteration in range(ITERATIONS):
-        batch = (images, targets, torch.arange(12) + 12 * iteration)
-        losses.append(train_step(model, optimizer, batch, options, 255, torch.device("cpu")).item())
+    losses, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for iteration in range(iterations):
+        batch = (images, targets, torch.arange(2) + 2 * iteration)
+        losses.append(train_step(model, learner, criterion, batch, options, cpu).item())
     statistics = {
         name: zlib.crc32(value.numpy().tobytes())
         for name, value in model.named_buffers()
         if "running" in name or "num_batches" in name
     }
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {"losses": losses, "statistics": statistics, "memory": memory}
 
 
-def test_200_iterations_are_the_same_in_less_memory() -> None:
+def both(iterations: int, side: int) -> list[dict[str, Any]]:
+    """Without activation checkpointing, and with it, each in a process of its own."""
     results = []
-    for with_cp in ("", "yes"):
-        command = [sys.executable, "-m", "tests.unit.test_with_cp", with_cp]
+    for with_cp in (0, 1):
+        arguments = map(str, (with_cp, iterations, side))
+        command = [sys.executable, "-m", "tests.unit.test_with_cp", *arguments]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
         results.append(json.loads(done.stdout))
-    kept, recomputed = results
-    assert len(kept["losses"]) == ITERATIONS
+    return results
+
+
+def test_200_iterations_are_the_same() -> None:
+    kept, recomputed = both(iterations=200, side=32)
+    assert len(kept["losses"]) == 200
     assert kept["losses"][-1] < kept["losses"][0]
     assert recomputed["losses"] == kept["losses"]
     assert len(kept["statistics"]) > 60
     assert recomputed["statistics"] == kept["statistics"]
-    assert recomputed["memory"] < 0.97 * kept["memory"]
+
+
+def test_the_memory_is_less() -> None:
+    kept, recomputed = both(iterations=1, side=448)
+    assert recomputed["memory"] < 0.9 * kept["memory"]
 
 
 if __name__ == "__main__":
-    print(json.dumps(train(bool(sys.argv[1]))))
+    print(json.dumps(train(*map(int, sys.argv[1:]))))

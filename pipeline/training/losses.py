@@ -1,0 +1,182 @@
+"""The loss of `train.loss`: terms over pixels and terms over images, each a sum divided once."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.params import LossParams
+
+Term = Callable[[Tensor, Tensor], Tensor]
+# Which of the three counts divides a term: pixels as their classes weigh, pixels, images.
+DIVISORS = {"cross_entropy": 0, "ohem": 0, "focal": 1, "dice": 2, "lovasz": 2, "tversky": 2}
+
+
+class Criterion:
+    """The terms that are on, by their weights.
+
+    A term is a sum over pixels or over images, divided by their number in the whole global batch:
+    so neither ranks nor microbatches weigh differently when their valid pixels differ.
+    """
+
+    def __init__(
+        self,
+        params: LossParams,
+        frequency: Sequence[float],
+        ignore_index: int,
+        device: torch.device,
+    ) -> None:
+        """`frequency`: of each class in train, see `median_frequency_weights`."""
+        given = params.class_weights
+        weights = median_frequency_weights(frequency) if given == "balanced" else given
+        self._counts = torch.ones(2, 256, dtype=torch.float64, device=device)
+        self._counts[:, ignore_index] = 0 if params.avg_non_ignore else 1
+        class_weights = None
+        if weights is not None:
+            class_weights = torch.tensor(weights, dtype=torch.float64, device=device)
+            self._counts[0, : len(weights)] = class_weights
+        self._terms = [
+            (weight, DIVISORS[name], _term(name, params, class_weights, ignore_index))
+            for name, weight in params.terms.items()
+        ]
+
+    def count(self, target: Tensor) -> Tensor:
+        """A target's part in the divisors: (N,H,W) uint8 -> (3,) fp64, see DIVISORS.
+
+        Counted are the valid pixels (avg_non_ignore) or all of them; where classes weigh, each
+        pixel as its class, an ignored one as 1: MMSegmentation's avg_factor.
+        Source: https://github.com/open-mmlab/mmsegmentation
+        """
+        pixels = self._counts[:, target.long()].flatten(1).sum(dim=1)
+        return torch.cat([pixels, pixels.new_tensor([len(target)])])
+
+    def __call__(self, logits: Tensor, target: Tensor, divisors: Tensor) -> Tensor:
+        """This batch's part in the loss of the global one, whose counts are `divisors`.
+
+        logits (N,C,...) of any precision, target (N,...) of class ids -> fp64 scalar.
+        """
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = torch.zeros((), dtype=torch.float64, device=logits.device)
+        for weight, divisor, term in self._terms:
+            loss = loss + weight * term(logits, target) / divisors[divisor]
+        return loss
+
+
+def labels_at(target: Tensor, points: Tensor) -> Tensor:
+    """Labels of the pixels nearest to points (N,P,2), x and y in [0,1): (N,H,W) -> (N,P)."""
+    height, width = target.shape[1:]
+    size = points.new_tensor([width, height])
+    column, row = (points * size - 0.5).round().long().unbind(dim=2)  # as torch's grid_sample
+    places = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+    return target.flatten(1).gather(1, places)
+
+
+def median_frequency_weights(frequency: Sequence[float]) -> list[float]:
+    """The median of the classes' frequencies by each.
+
+    A class's frequency is its share of the labelled pixels of the images that show it.
+    Source: https://arxiv.org/abs/1411.4734
+    """
+    median = float(np.median(frequency))
+    return [median / one for one in frequency]
+
+
+def _term(name: str, params: LossParams, class_weights: Tensor | None, ignore_index: int) -> Term:
+    match name:
+        case "cross_entropy":
+            return partial(
+                cross_entropy_sum, ignore_index=ignore_index, class_weights=class_weights
+            )
+        case "ohem":
+            return partial(
+                ohem_sum,
+                ignore_index=ignore_index,
+                class_weights=class_weights,
+                threshold=params.ohem_threshold,
+                min_kept=params.ohem_min_kept,
+            )
+        case _:
+            return partial(sum_over_images, library_loss(name), ignore_index=ignore_index)
+
+
+def cross_entropy_sum(
+    logits: Tensor, target: Tensor, ignore_index: int, class_weights: Tensor | None = None
+) -> Tensor:
+    """Cross entropy summed over the valid pixels, each by the weight of its class.
+
+    logits (N,C,...), target (N,...) uint8 -> scalar. Pixels as rows, because torch's
+    two-dimensional form has no deterministic CUDA kernel.
+    """
+    rows = logits.movedim(1, -1).flatten(0, -2)
+    return F.cross_entropy(
+        rows,
+        target.flatten().long(),
+        None if class_weights is None else class_weights.to(rows.dtype),
+        ignore_index=ignore_index,
+        reduction="sum",
+    )
+
+
+def ohem_sum(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    class_weights: Tensor | None,
+    threshold: float,
+    min_kept: int,
+) -> Tensor:
+    """Cross entropy summed over each image's hard pixels.
+
+    Hard are those whose own class has less than `threshold` probability, and the `min_kept` least
+    probable in any case: the rule of MMSegmentation's OHEMPixelSampler, which chooses among all the
+    images of a GPU and so makes the result depend on the number of GPUs.
+    Source: https://arxiv.org/abs/1604.03540
+    """
+    hard = target.to(torch.long, copy=True)
+    known = hard != ignore_index
+    with torch.no_grad():
+        labels = torch.where(known, hard, 0).unsqueeze(1)
+        probability = logits.softmax(dim=1).gather(1, labels).squeeze(1)
+        for image, valid, own in zip(hard, known, probability):
+            ordered = own[valid].sort().values
+            if len(ordered):
+                limit = ordered[min(min_kept, len(ordered) - 1)].clamp(min=threshold)
+                image[own >= limit] = ignore_index
+    return cross_entropy_sum(logits, hard, ignore_index, class_weights)
+
+
+def sum_over_images(loss: Term, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """A loss of each image's valid pixels, summed; an image without any adds 0.
+
+    Image by image, because the library's losses of a batch are no sums over its images.
+    """
+    total = logits.sum() * 0  # keeps the graph where no image has a valid pixel
+    for image, labels in zip(logits, target):
+        valid = labels != ignore_index
+        if valid.any():
+            row = image[:, valid][None, :, None]  # (1,C,1,P)
+            total = total + loss(row, labels[valid].long()[None, None])
+    return total
+
+
+def library_loss(name: str) -> Term:
+    """A loss of one image, logits (1,C,1,P) and labels (1,1,P): focal's a sum over the pixels.
+
+    Sources: dice https://arxiv.org/abs/1606.04797, focal (one class against the rest, averaged over
+    the classes) https://arxiv.org/abs/1708.02002, lovasz https://arxiv.org/abs/1705.08790, tversky
+    https://arxiv.org/abs/1706.05721
+    """
+    from segmentation_models_pytorch import losses  # only where it is needed: it is slow
+
+    table: dict[str, Term] = {
+        "dice": losses.DiceLoss("multiclass"),
+        "focal": losses.FocalLoss("multiclass", gamma=2.0, reduction="sum"),
+        "lovasz": losses.LovaszLoss("multiclass"),
+        "tversky": losses.TverskyLoss("multiclass", alpha=0.3, beta=0.7),
+    }
+    if name == "lovasz":  # the library mixes fp32 into it
+        return lambda logits, labels: table["lovasz"](logits.float(), labels)
+    return table[name]

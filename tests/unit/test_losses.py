@@ -1,0 +1,152 @@
+"""Every term of the loss by hand, and what the sums are divided by."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.training.losses import Criterion, cross_entropy_sum, median_frequency_weights
+from tests.unit.sections import params
+
+TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz", "tversky")
+
+
+def criterion(*terms: str, **changes: Any) -> Criterion:
+    given = {name: float(name in terms) for name in TERMS}
+    given |= {"avg_non_ignore": True, "class_weights": None, "ohem_threshold": 0.7}
+    given |= {"ohem_min_kept": 1} | changes
+    two = {"data.classes": ["a", "b"], "data.palette": [[0, 0, 0], [1, 1, 1]]}
+    loss = params(two | {"train.loss": given}).train.loss
+    return Criterion(loss, [0.5, 0.1], 255, torch.device("cpu"))
+
+
+def loss_of(one: Criterion, logits: Tensor, target: Tensor) -> float:
+    """Of a batch that is the whole global one."""
+    return one(logits, target, one.count(target)).item()
+
+
+def classes(probability: list[float]) -> Tensor:
+    """Logits (1,2,1,P) that give class 0 these probabilities and class 1 the rest."""
+    logits = [[math.log(p / (1 - p)) for p in probability], [0.0] * len(probability)]
+    return torch.tensor(logits, dtype=torch.float64)[None, :, None]
+
+
+def labels(*ids: int) -> Tensor:
+    return torch.tensor([[ids]], dtype=torch.uint8)
+
+
+# Two pixels, each 3/4 class 0; the first is of class 0, the second of class 1.
+LOGITS, TARGET = classes([0.75, 0.75]), labels(0, 1)
+EASY, HARD = math.log(4 / 3), math.log(4)
+FOCAL = [EASY / 16, math.log(2) / 4, HARD * 9 / 16, math.log(2) / 4]  # each class against the rest
+BY_HAND = {
+    "cross_entropy": (EASY + HARD) / 2,
+    "ohem": HARD / 2,  # 3/4 is no less than 0.7
+    # Class 0: true 0.75, false positive 0.75, false negative 0.25; class 1: 0.25, 0.25, 0.75.
+    "dice": ((1 - 0.75 / 1.25) + (1 - 0.25 / 0.75)) / 2,
+    "tversky": ((1 - 0.75 / (0.75 + 0.225 + 0.175)) + (1 - 0.25 / (0.25 + 0.075 + 0.525))) / 2,
+    # Class 0: errors 0.75 and 0.25 by 1/2 each; class 1: error 0.75 by 1, 0.25 by 0.
+    "lovasz": (0.5 + 0.75) / 2,
+    "focal": sum(FOCAL) / 2 / 2,  # over classes, over pixels
+}
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_is_what_one_computes_by_hand(term: str):
+    assert loss_of(criterion(term), LOGITS, TARGET) == pytest.approx(BY_HAND[term])
+
+
+def test_terms_are_summed_by_their_weights():
+    expected = 0.5 * BY_HAND["cross_entropy"] + 2 * BY_HAND["dice"] + 0.25 * BY_HAND["lovasz"]
+    both = criterion(cross_entropy=0.5, dice=2.0, lovasz=0.25)
+    assert loss_of(both, LOGITS, TARGET) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_ignored_pixels_change_nothing(term: str):
+    logits, target = classes([0.1, 0.75, 0.9, 0.75]), labels(255, 0, 255, 1)
+    assert loss_of(criterion(term), logits, target) == pytest.approx(BY_HAND[term])
+
+
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_an_image_without_a_valid_pixel_has_no_loss_and_no_gradient(term: str, dtype: torch.dtype):
+    logits = torch.randn(2, 2, 4, 4, dtype=dtype, requires_grad=True)
+    target = torch.full((2, 4, 4), 255, dtype=torch.uint8)
+    one = criterion(term)
+    loss = one(logits, target, torch.ones(3))
+    loss.backward()
+    assert loss.item() == 0
+    assert one.count(target).tolist() == [0, 0, 2]
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_parts_of_a_batch_add_up_to_its_loss_in_maps_and_in_points(term: str):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 2, 5, 6, generator=generator, dtype=torch.float64)
+    target = torch.randint(0, 2, (4, 5, 6), generator=generator).to(torch.uint8)
+    target[0], target[1, :2] = 255, 255
+    one = criterion(term, class_weights=[1.0, 2.0] if term in TERMS[:2] else None)
+    divisors = one.count(target)
+    whole = one(logits, target, divisors)
+    parts = [one(x, y, divisors) for x, y in zip(logits.split([1, 3]), target.split([1, 3]))]
+    points = one(logits.flatten(2), target.flatten(1).long(), divisors)
+    assert torch.equal(sum(one.count(part) for part in target.split([1, 3])), divisors)
+    assert whole.item() > 0.01
+    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-6)  # lovasz is fp32
+    assert points.item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("avg_non_ignore", "weights", "divisor"),
+    [(True, None, 3), (False, None, 4), (True, [2.0, 5.0], 12), (False, [2.0, 5.0], 13)],
+)
+def test_cross_entropy_is_divided_by_valid_or_by_all_pixels_as_their_classes_weigh(
+    avg_non_ignore: bool, weights: list[float] | None, divisor: int
+):
+    target = labels(0, 1, 1, 255)
+    one = criterion("cross_entropy", avg_non_ignore=avg_non_ignore, class_weights=weights)
+    total = 2 * EASY + 10 * HARD if weights else EASY + 2 * HARD
+    assert one.count(target).tolist() == [divisor, 3 if avg_non_ignore else 4, 1]
+    assert loss_of(one, classes([0.75] * 4), target) == pytest.approx(total / divisor)
+
+
+@pytest.mark.parametrize("term", TERMS[2:])
+def test_class_weights_leave_the_other_terms_alone(term: str):
+    both = criterion("cross_entropy", term, class_weights=[2.0, 5.0])
+    expected = (2 * EASY + 5 * HARD) / 7 + BY_HAND[term]
+    assert loss_of(both, LOGITS, TARGET) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "min_kept", "kept"),
+    [(0.7, 1, 3), (0.95, 1, 5), (0.7, 4, 4), (0.1, 2, 2), (0.7, 100, 4)],
+)
+def test_ohem_keeps_the_improbable_pixels_of_each_image(threshold: float, min_kept: int, kept: int):
+    own = [0.9, 0.2, 0.6, 0.8, 0.5]
+    easy = classes([0.99] * 5)  # none of them below the limit, which is 0.99
+    logits, target = torch.cat([classes(own), easy]), torch.zeros(2, 1, 5, dtype=torch.uint8)
+    one = criterion("ohem", ohem_threshold=threshold, ohem_min_kept=min_kept)
+    hard = -sum(math.log(p) for p in sorted(own)[:kept])
+    assert loss_of(one, logits, target) == pytest.approx(hard / 10)
+
+
+def test_balanced_weights_are_the_median_frequency_by_each():
+    assert median_frequency_weights([0.5, 0.1, 0.2]) == pytest.approx([0.4, 2.0, 1.0])
+    assert median_frequency_weights([0.1, 0.3]) == pytest.approx([2.0, 2 / 3])
+    one = criterion("cross_entropy", class_weights="balanced")
+    assert one.count(labels(0, 1, 255))[0].item() == pytest.approx(0.6 + 3)
+
+
+def test_the_loss_of_bf16_logits_is_summed_in_fp32():
+    logits = torch.zeros(1, 2, 32, 32, dtype=torch.bfloat16)
+    target = torch.zeros(1, 32, 32, dtype=torch.uint8)
+    loss = criterion("cross_entropy")(logits, target, torch.ones(3))
+    assert loss.item() == pytest.approx(1024 * math.log(2), rel=1e-6)
+
+
+def test_cross_entropy_alone_is_a_sum():
+    assert cross_entropy_sum(LOGITS, TARGET, 255).item() == pytest.approx(EASY + HARD)

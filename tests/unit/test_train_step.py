@@ -1,0 +1,157 @@
+"""One optimizer step after another on a real network: clipping, averaging, fp16, and going on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.transforms import DTYPES
+from pipeline.models import build_model
+from pipeline.params import Params
+from pipeline.training.checkpoint import (
+    build_checkpoint,
+    fill,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from pipeline.training.loop import train_step
+from pipeline.training.losses import Criterion
+from pipeline.training.optimization import Learner, build_learner, learning_rate
+from tests.unit.sections import params
+
+CPU = torch.device("cpu")
+SMALL = {
+    "model.name": "pspnet",
+    "model.backbone.name": "resnet18",
+    "model.backbone.output_stride": 32,
+    "model.backbone.pretrained": None,
+    "model.pspnet.channels": 4,
+    "train.batch_size": 4,
+    "train.accumulation": 2,
+    "train.iterations": 4,
+    "train.optimizer": "sgd",
+    "train.lr": 0.05,
+    "train.schedule.warmup_iters": 0,
+}
+
+
+def setting(**changes: Any) -> Params:
+    return params(SMALL | {f"train.{name}": value for name, value in changes.items()})
+
+
+def learner_of(given: Params, seed: int = 0) -> Learner:
+    torch.manual_seed(seed)
+    model = build_model(given.model, 3).to(CPU, DTYPES[given.train.precision])
+    return build_learner(model.to(memory_format=torch.channels_last).train(), given.train, CPU)
+
+
+def step(given: Params, learner: Learner, iteration: int) -> float:
+    """The step of an iteration, on images drawn from its number."""
+    generator = torch.Generator().manual_seed(iteration)
+    images = torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    targets = torch.randint(0, 3, (4, 32, 32), generator=generator, dtype=torch.uint8)
+    targets[0, :9] = 255
+    keys = torch.arange(4) + 4 * iteration
+    for group in learner.optimizer.param_groups:
+        group["lr"] = learning_rate(given.train, iteration, group["lr_mult"])
+    criterion = Criterion(given.train.loss, [0.5, 0.25, 0.25], 255, CPU)
+    batch = (images, targets, keys)
+    return train_step(learner.model, learner, criterion, batch, given, CPU).item()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def test_a_large_gradient_is_cut_down_to_the_norm():
+    steps = {}
+    for limit in (None, 1e-3, 1e9):
+        given = setting(clip_grad_norm=limit, momentum=0.0, weight_decay=0.0)
+        learner = learner_of(given)
+        before = weights(learner.model)
+        step(given, learner, 0)
+        after = weights(learner.model)
+        steps[limit] = torch.cat([(after[name] - before[name]).flatten() for name in before])
+    assert steps[None].norm() > 0.05 * 2e-3
+    assert steps[1e-3].norm().item() == pytest.approx(0.05 * 1e-3, rel=1e-3)
+    assert torch.equal(steps[None], steps[1e9])
+
+
+def test_the_average_follows_the_weights_and_has_the_statistics_of_the_model():
+    given = setting(ema_decay=0.75)
+    learner = learner_of(given)
+    expected: dict[str, Tensor] = {}
+    for iteration in range(3):
+        step(given, learner, iteration)
+        now = weights(learner.model)
+        expected = {n: 0.75 * expected.get(n, now[n]) + 0.25 * now[n] for n in now}
+    average = weights(learner.measured())
+    for name, value in expected.items():
+        torch.testing.assert_close(average[name], value, rtol=1e-5, atol=1e-7)
+    assert not any(torch.equal(average[name], now[name]) for name in now)
+    buffers = dict(learner.model.named_buffers())
+    assert all(torch.equal(buffers[n], b) for n, b in learner.measured().named_buffers())
+
+
+def test_without_a_decay_the_model_itself_is_measured():
+    learner = learner_of(setting())
+    assert learner.measured() is learner.model
+    assert learner.states() == {}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ema_decay": 0.9, "clip_grad_norm": 1.0, "head_lr_mult": 10.0, "decay_norm": False},
+        {"precision": "fp16", "ema_decay": 0.9, "optimizer": "adamw", "clip_grad_norm": 1.0},
+    ],
+)
+def test_a_training_that_is_taken_up_again_ends_in_the_same_bytes(
+    changes: dict[str, Any], tmp_path: Path
+):
+    given = setting(**changes)
+
+    def save(learner: Learner, iteration: int, name: str) -> bytes:
+        meta = {"best": None, "params": {}} | learner.states()
+        made = build_checkpoint(learner.model, learner.optimizer, iteration, meta)
+        save_checkpoint(made, tmp_path / name)
+        return (tmp_path / name).read_bytes()
+
+    whole = learner_of(given)
+    for iteration in range(4):
+        if iteration == 2:
+            save(whole, 2, "half.pt")
+        step(given, whole, iteration)
+    second = learner_of(given, seed=1)
+    checkpoint = load_checkpoint(tmp_path / "half.pt")
+    fill(second.model, checkpoint["model"], "half.pt")
+    second.restore(checkpoint)
+    for iteration in (2, 3):
+        step(given, second, iteration)
+    assert save(second, 4, "second.pt") == save(whole, 4, "whole.pt")
+
+    ready = learner_of(given, seed=1).model  # for evaluation, or to start from
+    load_weights(ready, tmp_path / "whole.pt")
+    expected = whole.measured().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in ready.state_dict().items())
+
+
+def test_fp16_learns_by_a_scaled_loss_and_leaves_out_a_step_that_overflows():
+    given, single = setting(precision="fp16"), setting()
+    learner, other = learner_of(given), learner_of(single)
+    learner.scaler.load_state_dict(learner.scaler.state_dict() | {"scale": 256.0})
+    losses = [(step(given, learner, i), step(single, other, i)) for i in range(3)]
+    for half, full in losses:
+        assert half == pytest.approx(full, rel=0.02)
+        assert half != full
+    scaler = learner.states()["scaler"]
+    assert (scaler["scale"], scaler["_growth_tracker"]) == (256, 3)
+
+    learner.scaler.load_state_dict(scaler | {"scale": 2.0**100})
+    before = weights(learner.model)
+    step(given, learner, 3)
+    assert all(torch.equal(before[name], value) for name, value in weights(learner.model).items())
+    assert learner.states()["scaler"]["scale"] == 2.0**99
