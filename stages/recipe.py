@@ -8,6 +8,7 @@ values it starts from. Together they set every parameter that changes a result e
 
 import argparse
 import difflib
+import json
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.params import load_params, read_yaml
+from pipeline.params import flatten, load_params, read_yaml
 
 RECIPES = Path(__file__).parents[1] / "pipeline" / "recipes"
 PARAMS = Path("params.yaml")
@@ -80,24 +81,25 @@ def load_recipe(name: str) -> Recipe:
     steps: list[str] = []
     for piece in pieces:
         text = piece.read_text(encoding="utf-8")
-        values |= {name: text[slice(*place)] for name, place in places(text).items()}
+        values |= {name: text[start:end] for name, (_, start, end) in places(text).items()}
         steps += read_yaml(piece).get("next", [])
     for about in ("description", "base", "next"):
         values.pop(about, None)
     return Recipe(own["description"], values, steps)
 
 
-def places(text: str) -> dict[str, tuple[int, int]]:
-    """Where in a YAML text the value of every dotted name begins and ends, in its order."""
-    return dict(_leaves("", yaml.compose(text, yaml.SafeLoader)))
+def places(text: str) -> dict[str, tuple[int, int, int]]:
+    """Of every dotted name in a YAML text: where the key ends, and the value begins and ends."""
+    return dict(_leaves("", 0, yaml.compose(text, yaml.SafeLoader)))
 
 
-def _leaves(name: str, node: Any) -> Iterator[tuple[str, tuple[int, int]]]:
+def _leaves(name: str, key_end: int, node: Any) -> Iterator[tuple[str, tuple[int, int, int]]]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            yield from _leaves(f"{name}.{key.value}".removeprefix("."), value)
+            path = f"{name}.{key.value}".removeprefix(".")
+            yield from _leaves(path, key.end_mark.index, value)
     else:
-        yield name, (node.start_mark.index, _last(node).end_mark.index)
+        yield name, (key_end, node.start_mark.index, _last(node).end_mark.index)
 
 
 def _last(node: Any) -> Any:
@@ -109,6 +111,9 @@ def _last(node: Any) -> Any:
 def rewritten(path: Path, values: dict[str, str]) -> str:
     """The text of a YAML file with other values, and everything else in it as it stands.
 
+    `dvc exp run -S` leaves lists in lines of their own, below the comment of their key, and nothing
+    for null; both become a line again.
+
     Raises:
         ValueError: the file is no YAML, or lacks a name that is to be set.
     """
@@ -119,9 +124,12 @@ def rewritten(path: Path, values: dict[str, str]) -> str:
     if unknown := [name for name in values if name not in found]:
         raise ValueError(f"{path} has no parameter {', '.join(unknown)}, which the recipe sets")
     for name in sorted(values, key=found.__getitem__, reverse=True):
-        start, end = found[name]
-        space = "" if text[start - 1].isspace() else " "  # after a key without a value
-        text = text[:start] + space + values[name] + text[end:]
+        key_end, start, end = found[name]
+        comment = text[key_end:start].strip().removeprefix(":").strip()
+        rest = text[end:]
+        if rest.lstrip(" ").startswith("#"):
+            rest = " " + rest.lstrip(" ")
+        text = f"{text[:key_end]}: {' '.join(filter(None, [values[name], comment]))}{rest}"
     return text
 
 
@@ -132,12 +140,13 @@ def use(name: str) -> None:
         ValueError: the file and the recipe don't fit; the file is then as it was.
     """
     recipe = load_recipe(name)
-    before = PARAMS.read_text(encoding="utf-8")
-    after = rewritten(PARAMS, recipe.values)
+    text = rewritten(PARAMS, recipe.values)
+    before = flatten(read_yaml(PARAMS))
     draft = PARAMS.with_name(f"{PARAMS.name}.new")
     try:
-        draft.write_text(after, encoding="utf-8")
+        draft.write_text(text, encoding="utf-8")
         load_params(draft)
+        after = flatten(read_yaml(draft))
         draft.replace(PARAMS)
     except ValueError as error:
         raise ValueError(f"{PARAMS} stays as it is: {error}") from None
@@ -146,24 +155,23 @@ def use(name: str) -> None:
     report(name, recipe, before, after)
 
 
-def report(name: str, recipe: Recipe, before: str, after: str) -> None:
+def report(name: str, recipe: Recipe, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Print what changed, what a recipe leaves alone, and what is to be done next."""
-    old, new = ({n: text[slice(*at)] for n, at in places(text).items()} for text in (before, after))
     print(f"{PARAMS} is now {name}. Changed:")
-    for key in new:
-        if old[key] != new[key]:
-            print(f"  {key}: {_short(old[key])} -> {_short(new[key])}")
+    for key, value in after.items():
+        if before[key] != value:
+            print(f"  {key}: {_short(before[key])} -> {_short(value)}")
     print("Left as they were:")
-    for key in new:
+    for key, value in after.items():
         if key not in recipe.values:
-            print(f"  {key}: {_short(new[key])}")
+            print(f"  {key}: {_short(value)}")
     print("Next:")
     for step in recipe.next:
         print(f"  {step}")
 
 
-def _short(text: str) -> str:
-    return textwrap.shorten(text, 40, placeholder=" ...")
+def _short(value: Any) -> str:
+    return textwrap.shorten(json.dumps(value, ensure_ascii=False), 40, placeholder=" ...")
 
 
 if __name__ == "__main__":

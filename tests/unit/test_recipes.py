@@ -160,9 +160,9 @@ def test_use_tells_what_changed_and_what_comes_next(file: Path, capsys: pytest.C
     recipe.use("pointrend_r101_512x512_160k_feetarch5k")
     changed, rest = capsys.readouterr().out.split("Left as they were:\n")
     left, following = rest.split("Next:\n")
-    assert "  data.format: bluemarble -> pairs\n" in changed
+    assert '  data.format: "bluemarble" -> "pairs"\n' in changed
     assert "train.seed" not in changed
-    assert "  data.root: data/bluemarble\n" in left
+    assert '  data.root: "data/bluemarble"\n' in left
     assert following.startswith("  data.root: your folder")
 
 
@@ -204,28 +204,38 @@ def test_values_are_replaced_whatever_their_form(tmp_path: Path):
     path = tmp_path / "some.yaml"
     path.write_text(
         "# head\n"
-        "a:\n"
-        "  lines: # of a list\n"
-        "    - [1, 2] # one\n"
-        "    # between\n"
-        "    - [3, 4] # two\n"
+        "a: # a section\n"
+        "  lines:      # as `dvc exp run -S` leaves a list\n"
+        "  - - 1\n"
+        "    - 2\n"
+        "  - - 3\n"
+        "    - 4\n"
         "  # before none\n"
-        "  none: # nothing\n"
+        "  none:      # as it leaves null\n"
+        "  dashes:\n"
+        "    - x # first\n"
+        "    - y # last\n"
         "  inline: {x: 'é # no comment', y: [1,\n"
-        "    2]} # end\n"
+        "    2]}   # end\n"
         "last: 1\n",
         encoding="utf-8",
     )
-    values = {"a.lines": "[5]", "a.none": "[6,\n    7]", "a.inline.x": "null", "a.inline.y": "8"}
+    values = {
+        "a.lines": "[5,\n    6]",
+        "a.none": "[7]",
+        "a.dashes": "[]",
+        "a.inline.x": "null",
+        "a.inline.y": "8",
+    }
     assert recipe.rewritten(path, values) == (
         "# head\n"
-        "a:\n"
-        "  lines: # of a list\n"
-        "    [5] # two\n"
+        "a: # a section\n"
+        "  lines: [5,\n"
+        "    6] # as `dvc exp run -S` leaves a list\n"
         "  # before none\n"
-        "  none: [6,\n"
-        "    7] # nothing\n"
-        "  inline: {x: null, y: 8} # end\n"
+        "  none: [7] # as it leaves null\n"
+        "  dashes: [] # last\n"
+        "  inline: {x: null, y: 8}   # end\n"
         "last: 1\n"
     )
 
