@@ -28,7 +28,6 @@ PARAMS = Path("params.yaml")
 class Recipe:
     """`values` are YAML as it is written, by dotted name; `next` is a line for each thing to do."""
 
-    description: str
     values: dict[str, str]
     next: list[str]
 
@@ -74,18 +73,16 @@ def load_recipe(name: str) -> Recipe:
             f"there is no recipe {name!r}; did you mean {close}? "
             "`python -m stages.recipe list` names all"
         )
-    path = RECIPES / f"{name}.yaml"
-    own = read_yaml(path)
-    pieces = [*(RECIPES / f"{piece}.yaml" for piece in own["base"]), path]
     values: dict[str, str] = {}
     steps: list[str] = []
-    for piece in pieces:
-        text = piece.read_text(encoding="utf-8")
-        values |= {name: text[start:end] for name, (_, start, end) in places(text).items()}
-        steps += read_yaml(piece).get("next", [])
+    for piece in [*read_yaml(RECIPES / f"{name}.yaml")["base"], name]:
+        path = RECIPES / f"{piece}.yaml"
+        text = path.read_text(encoding="utf-8")
+        values |= {key: text[start:end] for key, (_, start, end) in places(text).items()}
+        steps += read_yaml(path).get("next", [])
     for about in ("description", "base", "next"):
         values.pop(about, None)
-    return Recipe(own["description"], values, steps)
+    return Recipe(values, steps)
 
 
 def places(text: str) -> dict[str, tuple[int, int, int]]:
