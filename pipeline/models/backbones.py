@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.models.mmseg import from_mmseg
 from pipeline.params import BackboneParams, main_checkout
 
 # Ours -> timm's, where they differ. The published EfficientNet-Lite weights are TensorFlow's, whose
@@ -42,7 +43,7 @@ def build_backbone(params: BackboneParams) -> tuple[nn.Module, list[int]]:
     """A network whose forward gives features from fine to coarse, and their channels.
 
     Of stride 2, 4, 8, 16 and 32 as far as the output stride lets them shrink; a transformer starts
-    at 4. `pretrained`: null, `imagenet`, or a file of timm's own state_dict.
+    at 4. `pretrained`: null, `imagenet`, or a file of ImageNet weights, timm's or OpenMMLab's.
 
     Raises:
         ValueError: the weights can't be had, or don't fit the network.
@@ -176,19 +177,25 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different kind for each way of being broken
         raise ValueError(f"model.backbone.pretrained: {path} can't be loaded: {error}") from error
-    return cast("dict[str, Tensor]", weights)
+    return cast("dict[str, Tensor]", weights.get("state_dict", weights))
 
 
 def _load(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load what a feature extractor has of a classifier's weights."""
+    """Load what a feature extractor has of a classifier's weights, timm's or OpenMMLab's."""
     own = backbone.state_dict()
+    given = from_mmseg({f"backbone.{name}": weight for name, weight in weights.items()})
+    weights = {name.removeprefix("backbone."): weight for name, weight in given.items()}
+    # The counts of batches, which some files lack, change nothing.
+    needed = {name: value for name, value in own.items() if "num_batches_tracked" not in name}
     wrong = [
-        name for name, value in own.items() if getattr(weights.get(name), "shape", 0) != value.shape
+        name
+        for name, value in needed.items()
+        if getattr(weights.get(name), "shape", 0) != value.shape
     ]
     if wrong:
         raise ValueError(
-            f"model.backbone.pretrained: {len(wrong)} of {len(own)} tensors are missing or have "
-            f"another shape, the first {wrong[0]}; the file must be timm's state_dict of this "
-            "backbone"
+            f"model.backbone.pretrained: {len(wrong)} of {len(needed)} tensors are missing or have "
+            f"another shape, the first {wrong[0]}; the file must be the state_dict of this "
+            "backbone, timm's or OpenMMLab's"
         )
-    backbone.load_state_dict({name: weights[name] for name in own})
+    backbone.load_state_dict(own | {name: weights[name] for name in own.keys() & weights.keys()})

@@ -246,6 +246,26 @@ def test_weights_from_a_file_are_the_ones_in_the_file(tmp_path: Path):
         assert torch.equal(backbone.state_dict()[name], value), name
 
 
+def test_weights_under_openmmlabs_names_are_read(tmp_path: Path):
+    torch.manual_seed(1)
+    source, _ = build_backbone(options(**{"backbone.name": "resnet18c"}).backbone)
+    own = source.state_dict()
+    stem = {"conv1.": "stem.", "bn1.": "stem.7."}  # of the stem's layers; stages keep their names
+    theirs = {
+        next((name.replace(*one, 1) for one in stem.items() if name.startswith(one[0])), name): w
+        for name, w in own.items()
+        if "num_batches_tracked" not in name
+    }
+    assert {"stem.0.weight", "stem.7.bias", "layer1.0.conv1.weight"} <= theirs.keys()
+    path = tmp_path / "resnet18_v1c.pth"
+    torch.save({"state_dict": theirs, "meta": {}}, path)
+    section = options(**{"backbone.name": "resnet18c", "backbone.pretrained": str(path)}).backbone
+    torch.manual_seed(2)
+    backbone, _ = build_backbone(section)
+    for name, value in own.items():
+        assert torch.equal(backbone.state_dict()[name], value), name
+
+
 @pytest.mark.parametrize("broken", ["shape", "missing"])
 def test_weights_that_do_not_fit_are_refused(broken: str, tmp_path: Path):
     weights = build_backbone(options().backbone)[0].state_dict()

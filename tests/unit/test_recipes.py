@@ -1,0 +1,262 @@
+"""Recipes: whole, valid, trainable, and written into params.yaml whatever stood there."""
+
+import json
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.models import build_model
+from pipeline.params import Params, flatten, load_params, plain, read_yaml
+from pipeline.training.losses import Criterion
+from pipeline.training.loop import train_step
+from pipeline.training.optimization import build_learner
+from stages import recipe
+from tests.unit.sections import REPOSITORY
+
+NAMES = recipe.names()
+NETWORKS = {re.split("_[0-9]+x", name)[0]: name for name in NAMES}  # by head and encoder
+# What a recipe leaves to the user and the machine; all else it sets.
+LEFT = {
+    "data.root",
+    "model.backbone.with_cp",
+    *(f"train.{name}" for name in ("gpus", "device", "workers", "seed", "deterministic")),
+    "train.work_dir",
+    *(f"tracking.{name}" for name in ("uri", "experiment", "log_interval")),
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the repository's params.yaml, in a folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "params.yaml"
+    path.write_bytes((REPOSITORY / "params.yaml").read_bytes())
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
+    recipe.main()
+
+
+@cache
+def values(name: str) -> dict[str, str]:
+    return recipe.load_recipe(name).values
+
+
+def resolved(name: str, folder: Path) -> Params:
+    path = folder / "resolved.yaml"
+    path.write_text(recipe.rewritten(REPOSITORY / "params.yaml", values(name)), encoding="utf-8")
+    return load_params(path)
+
+
+def test_no_promised_recipe_is_missing():
+    promised = {
+        "pspnet_r50-d8_512x512_80k_ade20k",
+        "pspnet_r50-d8_512x512_160k_ade20k",
+        "pspnet_r101-d8_512x512_80k_ade20k",
+        "pspnet_r101-d8_512x512_160k_ade20k",
+        "pspnet_r50-d8_512x1024_80k_cityscapes",
+        *(f"segformer_mit-b{size}_512x512_160k_ade20k" for size in range(6)),
+        *(f"pointrend_{net}_512x512_160k_ade20k" for net in ("r50", "r101")),
+        *(f"pointrend_{net}_512x1024_80k_cityscapes" for net in ("r50", "r101")),
+        "pointrend_r101_512x512_160k_feetarch5k",
+    }
+    assert promised <= set(NAMES)
+    assert {name.split("_")[0] for name in NAMES} >= {"fcn", "deeplabv3plus", "upernet"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_sets_all_that_is_not_left_to_the_user(name: str):
+    parameters = set(flatten(read_yaml(REPOSITORY / "params.yaml")))
+    assert parameters - values(name).keys() == LEFT
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_valid_and_is_what_its_name_says(name: str, tmp_path: Path):
+    params = resolved(name, tmp_path)
+    heads = {"semantic": "semantic_fpn"}
+    head, *_, crop, length, data = name.split("_")
+    assert params.model.name == heads.get(head, head)
+    assert params.data.name == data
+    assert list(params.augmentation.crop_size) == [int(side) for side in crop.split("x")]
+    assert params.train.iterations == int(length.removesuffix("k")) * 1000
+    assert params.evaluation.interval * 10 == params.train.iterations
+    (encoder,) = re.findall(r"_(r\d+|mit-b\d)", name)
+    backbone = f"{encoder.replace('r', 'resnet')}c" if encoder[0] == "r" else f"mit_{encoder[4:]}"
+    assert params.model.backbone.name == backbone
+    assert params.model.backbone.output_stride == (8 if "-d8" in name else 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch_size", "classes", "scale"),
+    [
+        ("pspnet_r50-d8_512x512_80k_ade20k", 16, 150, (2048, 512)),
+        ("pspnet_r50-d8_512x1024_80k_cityscapes", 8, 19, (2048, 1024)),
+        ("pspnet_r50-d8_512x512_20k_voc2012", 16, 21, (2048, 512)),
+    ],
+)
+def test_a_data_set_brings_its_batch_and_its_classes(
+    name: str, batch_size: int, classes: int, scale: tuple[int, int], tmp_path: Path
+):
+    params = resolved(name, tmp_path)
+    assert params.train.batch_size == params.train.base_batch_size == batch_size
+    assert len(params.data.classes) == classes
+    assert params.augmentation.scale == scale
+    assert params.data.reduce_zero_label is (classes == 150)
+
+
+def test_what_stood_in_the_file_leaves_no_trace(file: Path):
+    clean = file.with_name("clean.yaml")
+    clean.write_bytes(file.read_bytes())
+    for name in (
+        "segformer_mit-b0_512x512_160k_ade20k",
+        "pointrend_r101_512x512_160k_feetarch5k",
+        "pspnet_r18-d8_512x1024_80k_cityscapes",
+        "fcn_r50-d8_512x512_80k_ade20k",
+    ):
+        recipe.use(name)
+        assert file.read_text(encoding="utf-8") == recipe.rewritten(clean, values(name)), name
+
+
+@pytest.mark.parametrize("name", ["pspnet_r50-d8_512x512_80k_ade20k", NAMES[-1]])
+def test_comments_order_and_the_users_own_values_stay(name: str, file: Path):
+    text = file.read_text(encoding="utf-8").replace("gpus: 1", "gpus: 2")
+    file.write_text(text.replace("root: data/bluemarble", "root: data/ade"), encoding="utf-8")
+    before = file.read_text(encoding="utf-8")
+    recipe.use(name)
+    after = file.read_text(encoding="utf-8")
+    assert re.findall("#.*", after) == re.findall("#.*", before)
+    assert list(recipe.places(after)) == list(recipe.places(before))
+    params = load_params(file)
+    assert (params.train.gpus, params.data.root) == (2, "data/ade")
+
+
+def test_show_prints_the_file_and_writes_nothing(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    before = file.read_bytes()
+    run(monkeypatch, "show", NAMES[0])
+    assert file.read_bytes() == before
+    shown = capsys.readouterr().out
+    run(monkeypatch, "use", NAMES[0])
+    assert file.read_text(encoding="utf-8") == shown
+
+
+def test_list_names_every_recipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    run(monkeypatch, "list")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == NAMES
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_use_tells_what_changed_and_what_comes_next(file: Path, capsys: pytest.CaptureFixture[str]):
+    recipe.use("pointrend_r101_512x512_160k_feetarch5k")
+    changed, rest = capsys.readouterr().out.split("Left as they were:\n")
+    left, following = rest.split("Next:\n")
+    assert '  data.format: "bluemarble" -> "pairs"\n' in changed
+    assert "train.seed" not in changed
+    assert '  data.root: "data/bluemarble"\n' in left
+    assert following.startswith("  data.root: your folder")
+
+
+def test_an_unknown_name_is_answered_with_the_nearest(file: Path):
+    before = file.read_bytes()
+    nearest = "did you mean segformer_mit-b0_512x512_160k_ade20k"
+    with pytest.raises(ValueError, match=nearest):
+        recipe.use("segformer_mit-b0_512_160k_ade20k")
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "broken", "finding"),
+    [
+        ("gpus: 1", "gpus: 3", "batch_size 16 is the batch of all processes"),
+        ("seed: 0\n  det", "sead: 0\n  det", r"train\.sead: no such parameter"),
+        ("lr: 0.003", "learning_rate: 0.003", r"has no parameter train\.lr, which the recipe"),
+        ("tracking:", "tracking: [", "can't be read"),
+    ],
+)
+def test_a_file_that_does_not_fit_stays_as_it_is(given: str, broken: str, finding: str, file: Path):
+    text = file.read_text(encoding="utf-8")
+    assert given in text
+    file.write_text(text.replace(given, broken), encoding="utf-8")
+    with pytest.raises(ValueError, match=finding):
+        recipe.use("pspnet_r50-d8_512x512_80k_ade20k")
+    assert file.read_text(encoding="utf-8") == text.replace(given, broken)
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_an_empty_file_stays_as_it_is(file: Path):
+    file.write_text("# nothing\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="holds no parameters"):
+        recipe.use(NAMES[0])
+    assert file.read_text(encoding="utf-8") == "# nothing\n"
+
+
+def test_values_are_replaced_whatever_their_form(tmp_path: Path):
+    path = tmp_path / "some.yaml"
+    path.write_text(
+        "# head\n"
+        "a: # a section\n"
+        "  lines:      # as `dvc exp run -S` leaves a list\n"
+        "  - - 1\n"
+        "    - 2\n"
+        "  - - 3\n"
+        "    - 4\n"
+        "  # before none\n"
+        "  none:      # as it leaves null\n"
+        "  dashes:\n"
+        "    - x # first\n"
+        "    - y # last\n"
+        "  inline: {x: 'é # no comment', y: [1,\n"
+        "    2]}   # end\n"
+        "last: 1\n",
+        encoding="utf-8",
+    )
+    values = {
+        "a.lines": "[5,\n    6]",
+        "a.none": "[7]",
+        "a.dashes": "[]",
+        "a.inline.x": "null",
+        "a.inline.y": "8",
+    }
+    assert recipe.rewritten(path, values) == (
+        "# head\n"
+        "a: # a section\n"
+        "  lines: [5,\n"
+        "    6] # as `dvc exp run -S` leaves a list\n"
+        "  # before none\n"
+        "  none: [7] # as it leaves null\n"
+        "  dashes: [] # last\n"
+        "  inline: {x: null, y: 8}   # end\n"
+        "last: 1\n"
+    )
+
+
+@pytest.mark.parametrize("name", NETWORKS.values())
+def test_every_recipe_trains_two_iterations(name: str, tmp_path: Path):
+    tree = plain(resolved(name, tmp_path))
+    tree["model"]["backbone"]["pretrained"] = None
+    tree["train"] |= {"batch_size": 2, "device": "cpu"}
+    params = Params.model_validate_json(json.dumps(tree))
+    cpu, classes = torch.device("cpu"), len(params.data.classes)
+    torch.manual_seed(0)
+    learner = build_learner(build_model(params.model, classes), params.train, cpu)
+    criterion = Criterion(params.train.loss, [1.0] * classes, params.data.ignore_index, cpu)
+    before = [parameter.detach().clone() for parameter in learner.model.parameters()]
+    for iteration in range(2):
+        images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+        targets = torch.randint(classes, (2, 64, 64), dtype=torch.uint8)
+        batch = (images, targets, torch.arange(2) + 2 * iteration)
+        loss = train_step(learner.model.train(), learner, criterion, batch, params, cpu)
+        assert torch.isfinite(loss)
+    for old, (key, new) in zip(before, learner.model.named_parameters(), strict=True):
+        assert torch.isfinite(new).all(), key
+        assert not torch.equal(old, new), key
