@@ -400,11 +400,6 @@ class TrainParams(Section):
             )
         if self.resume_from and self.load_from:
             raise ValueError("resume_from and load_from exclude each other; set one of them null")
-        if 0 < self.iterations <= self.schedule.warmup_iters:
-            raise ValueError(
-                f"schedule.warmup_iters {self.schedule.warmup_iters} must stay below "
-                f"iterations {self.iterations}"
-            )
         return self
 
 

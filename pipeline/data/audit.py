@@ -213,12 +213,15 @@ def _write_index(params: DataParams, folder: Path, shards: list[Shard]) -> None:
         json.dumps({"name": params.name, "splits": summary}, indent=2, ensure_ascii=False) + "\n",
         encoding="utf-8",
     )
+    shown = np.sum([shard.shown for shard in shards if shard.split == "train"], axis=0)
+    frequency = histograms["train"][:-1] / shown[: len(params.classes)].clip(min=1)
     index: dict[str, Any] = {
         "name": params.name,
         "classes": params.classes,
         "palette": params.palette,
         "ignore_index": params.ignore_index,
         "pixels": histograms["train"][:-1].tolist(),
+        "frequency": frequency.tolist(),
         "shards": {shard.name: shard.md5 for shard in shards},
     }
     write_index(folder, index, entries)

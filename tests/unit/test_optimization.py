@@ -139,8 +139,8 @@ def test_groups_hold_the_parameters_by_name_with_their_multipliers():
 
 
 def test_the_optimizer_is_the_one_asked_for():
-    sgd = optimizer_of(nn.Linear(2, 2), optimizer="sgd", momentum=0.8)
-    adam = optimizer_of(nn.Linear(2, 2), optimizer="adamw", momentum=0.8)
+    sgd = optimizer_of(Network(), optimizer="sgd", momentum=0.8)
+    adam = optimizer_of(Network(), optimizer="adamw", momentum=0.8)
     assert isinstance(sgd, torch.optim.SGD)
     assert sgd.defaults["momentum"] == 0.8
     assert isinstance(adam, torch.optim.AdamW)

@@ -117,7 +117,6 @@ def test_an_unknown_name_is_answered_with_the_nearest_valid_one(
         ("train.work_dir", "/tmp/out", "train.work_dir: must be a folder inside the repository"),
         ("train.work_dir", "../out", "train.work_dir: must be a folder inside the repository"),
         ("train.work_dir", ".", "train.work_dir: must be a folder inside the repository"),
-        ("train.schedule.warmup_iters", 1000, "train: schedule.warmup_iters 1000 must stay below"),
         ("evaluation.stride", [129, 85], "evaluation: stride [129, 85] leaves pixels between"),
     ],
 )
@@ -185,12 +184,6 @@ def test_a_pspnet_refuses_microbatches_of_one_image(tmp_path: Path):
         json.dumps(document(changes | {"model.pspnet.pool_scales": [2, 3]})), encoding="utf-8"
     )
     assert load_params(tmp_path / "params.yaml").model.pspnet.pool_scales == (2, 3)
-
-
-def test_without_iterations_there_is_nothing_to_warm_up(tmp_path: Path):
-    changes = {"train.iterations": 0, "train.schedule.warmup_iters": 60}
-    (tmp_path / "params.yaml").write_text(json.dumps(document(changes)), encoding="utf-8")
-    assert load_params(tmp_path / "params.yaml").train.iterations == 0
 
 
 def test_class_weights_need_a_term_that_they_weigh(tmp_path: Path):

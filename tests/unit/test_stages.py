@@ -16,7 +16,7 @@ def workspace(folder: Path, changes: dict[str, object], images: dict[str, int]) 
     prepared = folder / store.PREPARED
     prepared.mkdir(parents=True)
     index = {"name": "x", "classes": ["a"], "palette": [[0, 0, 0]], "ignore_index": 255}
-    index |= {"pixels": [1], "shards": {}}
+    index |= {"pixels": [1], "frequency": [1.0], "shards": {}}
     entry = store.Entry("a", "a.bin", 0, 1, 1)
     store.write_index(prepared, index, {split: [entry] * images[split] for split in images})
 

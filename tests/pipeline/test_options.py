@@ -1,0 +1,160 @@
+"""The options of MMSegmentation's page "Train a model", each by what it leaves behind.
+
+The others have tests of their own: resume_from and load_from in test_repro.py, with_cp in
+tests/unit/test_with_cp.py, auto_scale_lr in tests/unit/test_optimization.py.
+"""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import distributed
+from pipeline.distributed import SyncBatchNorm, check_devices, parallelize
+from pipeline.params import flatten, read_yaml
+from tests.project import SMALL, dvc, environment, make_project, set_params, stage
+
+CHANGES: dict[str, object] = SMALL | {
+    "train.gpus": 1,
+    "train.batch_size": 8,
+    "train.iterations": 4,
+    "train.validate": True,
+    "train.work_dir": "outputs",
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_project(
+        tmp_path_factory.mktemp("options"), {"train": 8, "val": 3, "test": 3}, **CHANGES
+    )
+    stage(folder, "prepare")
+    return folder
+
+
+def train(project: Path, **changes: object) -> str:
+    set_params(project, CHANGES | changes)
+    return stage(project, "train")
+
+
+def curve(path: Path, column: str) -> dict[int, float]:
+    with path.open() as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        return {int(row["iteration"]): float(row[column]) for row in rows}
+
+
+def test_work_dir_holds_all_that_a_run_leaves(project: Path) -> None:
+    before = set(project.iterdir())
+    train(project, **{"train.work_dir": "work_dirs/psp"})
+    stage(project, "evaluate")
+    folder = project / "work_dirs/psp"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"checkpoints", "evaluation", "run.json", "train.log", "train.tsv", "val.tsv"}
+    new = {path.name for path in set(project.iterdir()) - before}
+    assert {name for name in new if not name.startswith("mlflow.db")} <= {
+        "work_dirs",
+        "metrics.json",
+        "mlartifacts",
+    }
+
+
+def test_evaluation_happens_every_interval_and_at_the_end(project: Path) -> None:
+    train(project, **{"evaluation.interval": 3})
+    assert list(curve(project / "outputs/val.tsv", "mean_iou")) == [3, 4]
+    assert (project / "outputs/checkpoints/best.pt").is_file()
+
+
+def test_without_validation_nothing_is_evaluated(project: Path) -> None:
+    train(project, **{"train.validate": False})
+    assert curve(project / "outputs/val.tsv", "mean_iou") == {}
+    assert [path.name for path in (project / "outputs/checkpoints").iterdir()] == ["last.pt"]
+
+
+def test_gpus_change_neither_the_batch_nor_the_learning_rate(project: Path) -> None:
+    curves = []
+    for gpus in (1, 2):
+        train(project, **{"train.gpus": gpus, "evaluation.interval": 2})
+        curves.append([curve(project / "outputs/train.tsv", column) for column in ("lr", "loss")])
+    (lr, loss), (lr_of_two, loss_of_two) = curves
+    assert lr_of_two == lr
+    assert lr[2] == SMALL["train.lr"]
+    assert loss_of_two == pytest.approx(loss, rel=1e-3)
+
+
+def test_one_process_has_plain_batch_normalisation() -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    assert distributed.world_size() == 1
+    assert parallelize(model, torch.device("cpu")) is model
+    assert not isinstance(model[0], SyncBatchNorm)
+
+
+def test_deterministic_refuses_kernels_that_vary() -> None:
+    code = (
+        "import torch; from pipeline.distributed import seed_everything as seed\n"
+        "seed(0, {0}); print(torch.are_deterministic_algorithms_enabled(), torch.rand(1).item())"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code.format(value)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        for value in (True, True, False)
+    ]
+    assert [words[0] for words in said] == ["True", "True", "False"]
+    assert len({words[1] for words in said}) == 1
+
+
+def test_no_more_gpus_are_used_than_cuda_visible_devices_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # torch counts what the variable leaves; this machine may have no GPU to count.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_devices("auto", 2)
+    with pytest.raises(ValueError, match=r"train.gpus: 4, but this machine shows 2; use at most 2"):
+        check_devices("auto", 4)
+
+
+def test_two_trainings_at_once_find_ports_of_their_own(project: Path, tmp_path: Path) -> None:
+    other = make_project(tmp_path, {"train": 8, "val": 3, "test": 3}, **CHANGES)
+    stage(other, "prepare")
+    trainings = []
+    for folder in (project, other):
+        set_params(folder, CHANGES | {"train.gpus": 2, "train.seed": 1})
+        trainings.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "stages.train"],
+                cwd=folder,
+                env=environment(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    for training in trainings:
+        said, _ = training.communicate(timeout=300)
+        assert training.returncode == 0, said
+    weights = [folder / "outputs/checkpoints/last.pt" for folder in (project, other)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_any_key_can_be_overridden_from_the_command_line(tmp_path: Path) -> None:
+    project = make_project(tmp_path, {"train": 4, "val": 2, "test": 2})
+    wanted = {
+        "data.splits.seed": ("7", 7),
+        "data.splits.group_by": ("foot", "foot"),
+        "augmentation.crop_size": ("[48,32]", [48, 32]),
+        "model.backbone.with_cp": ("true", True),
+        "model.pspnet.pool_scales": ("[1,2]", [1, 2]),
+        "train.lr": ("0.005", 0.005),
+        "train.load_from": ("null", None),
+        "train.schedule.policy": ("cosine", "cosine"),
+        "evaluation.scales": ("[0.5,1.0]", [0.5, 1.0]),
+        "tracking.experiment": ("other", "other"),
+    }
+    overrides = [word for name, (given, _) in wanted.items() for word in ("-S", f"{name}={given}")]
+    dvc(project, "exp", "run", "prepare", *overrides)
+    written = flatten(read_yaml(project / "params.yaml"))
+    assert {name: written[name] for name in wanted} == {n: v for n, (_, v) in wanted.items()}
+    assert len(written) > 90
