@@ -46,6 +46,43 @@ SMALL = {
     "tracking.log_interval": 1,
 }
 
+# What other networks change of SMALL, which has the first. Of a crop of 32 the coarsest map
+# is one pixel, where a bias before a BN and all attention learn nothing, and only rounding is left.
+NETWORKS: dict[str, dict[str, object]] = {
+    "pspnet": {},
+    "pointrend": {
+        "model.name": "pointrend",
+        "model.backbone.name": "resnet18c",
+        "model.backbone.output_stride": 32,
+        "model.pointrend.train_points": 64,
+        "augmentation.crop_size": [64, 64],
+        "model.aux_weight": 0.0,
+    },
+    "segformer": {
+        "model.name": "segformer",
+        "model.backbone.name": "mit_b0",
+        "model.backbone.output_stride": 32,
+        "model.backbone.drop_path": 0.2,
+        "augmentation.crop_size": [64, 64],
+    },
+    # Its BN carries the activation; random weights would leave means of 0, and only rounding.
+    "lite0": {
+        "model.name": "unet",
+        "model.backbone.name": "efficientnet_lite0",
+        "model.backbone.output_stride": 32,
+        "model.backbone.pretrained": "imagenet",
+        "model.aux_weight": 0.0,
+        "train.iterations": 5,
+    },
+    "library": {
+        "model.name": "smp.FPN",
+        "model.backbone.output_stride": 32,
+        "model.dropout": 0.0,
+        "model.aux_weight": 0.0,
+        "train.iterations": 5,
+    },
+}
+
 
 def make_project(folder: Path, counts: dict[str, int], **changes: object) -> Path:
     """A git repository with this code, `counts` images a split below data/feet, and params."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.project import REPOSITORY, SMALL, make_project, metrics, run, set_params, stage
+from tests.project import NETWORKS, REPOSITORY, SMALL, make_project, metrics, run, set_params, stage
 
 CHANGES = {
     "train.precision": "fp64",
@@ -17,42 +17,6 @@ CHANGES = {
     "train.validate": False,
     "model.dropout": 0.5,
     "tracking.log_interval": 20,
-}
-# What a network changes of SMALL and CHANGES; the first is theirs. Of a crop of 32 the coarsest map
-# is one pixel, where a bias before a BN and all attention learn nothing, and only rounding is left.
-MODELS: dict[str, dict[str, object]] = {
-    "pspnet": {},
-    "pointrend": {
-        "model.name": "pointrend",
-        "model.backbone.name": "resnet18c",
-        "model.backbone.output_stride": 32,
-        "model.pointrend.train_points": 64,
-        "augmentation.crop_size": [64, 64],
-        "model.aux_weight": 0.0,
-    },
-    "segformer": {
-        "model.name": "segformer",
-        "model.backbone.name": "mit_b0",
-        "model.backbone.output_stride": 32,
-        "model.backbone.drop_path": 0.2,
-        "augmentation.crop_size": [64, 64],
-    },
-    # Its BN carries the activation; random weights would leave means of 0, and only rounding.
-    "lite0": {
-        "model.name": "unet",
-        "model.backbone.name": "efficientnet_lite0",
-        "model.backbone.output_stride": 32,
-        "model.backbone.pretrained": "imagenet",
-        "model.aux_weight": 0.0,
-        "train.iterations": 5,
-    },
-    "library": {
-        "model.name": "smp.FPN",
-        "model.backbone.output_stride": 32,
-        "model.dropout": 0.0,
-        "model.aux_weight": 0.0,
-        "train.iterations": 5,
-    },
 }
 
 
@@ -95,7 +59,7 @@ def tensors(checkpoint: dict) -> dict[str, torch.Tensor]:
 def one_process(project: Path, request: pytest.FixtureRequest) -> Path:
     """What one process makes of a network."""
     name = getattr(request, "param", "pspnet")
-    return shutil.copy(train(project, 1, **MODELS[name]), project / f"{name}.pt")
+    return shutil.copy(train(project, 1, **NETWORKS[name]), project / f"{name}.pt")
 
 
 CASES = [(name, gpus) for name in ("pspnet", "pointrend", "segformer") for gpus in (2, 4)]
@@ -105,7 +69,7 @@ CASES = [(name, gpus) for name in ("pspnet", "pointrend", "segformer") for gpus 
     ("one_process", "gpus"), [*CASES, ("lite0", 2), ("library", 2)], indirect=["one_process"]
 )
 def test_processes_give_the_weights_of_one(project: Path, one_process: Path, gpus: int) -> None:
-    assert difference(one_process, train(project, gpus, **MODELS[one_process.stem])) < 1e-9
+    assert difference(one_process, train(project, gpus, **NETWORKS[one_process.stem])) < 1e-9
 
 
 def test_two_processes_share_every_term_the_clipping_and_the_average(project: Path) -> None:
@@ -155,7 +119,7 @@ def test_a_changed_seed_changes_the_weights(project: Path, one_process: Path) ->
 
 @pytest.mark.parametrize("model", ["pspnet", "pointrend", "segformer"])
 def test_ranks_share_an_evaluation_exactly(project: Path, model: str) -> None:
-    train(project, 1, **MODELS[model], **{"train.iterations": 5})
+    train(project, 1, **NETWORKS[model], **{"train.iterations": 5})
     seen = []
     for gpus in (1, 2, 3):
         shares = {"train.gpus": gpus, "train.batch_size": 6, "train.accumulation": 1}

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.project import dvc, environment, make_project, query, set_params
+from tests.project import NETWORKS, dvc, environment, make_project, query, set_params
 
 ITERATIONS = 120
 KILLS = 5
@@ -110,6 +110,27 @@ def test_a_killed_experiment_goes_on_in_another_workspace(
     for name in ("last.pt", "best.pt"):
         whole = (uninterrupted / "outputs/checkpoints" / name).read_bytes()
         assert (project / "outputs/checkpoints" / name).read_bytes() == whole
+
+
+@pytest.mark.parametrize("network", ["pointrend", "segformer"])
+def test_kills_change_nothing_for_other_networks(network: str, tmp_path: Path) -> None:
+    shorter = {"train.iterations": 30, "evaluation.interval": 10}
+    changes = CHANGES | NETWORKS[network] | shorter
+    whole, killed = (
+        make_project(tmp_path / name, {"train": 10, "val": 3, "test": 3}, **changes)
+        for name in ("whole", "killed")
+    )
+    dvc(whole, "repro", "train")
+    for target in (7, 19):
+        process = start_dvc(killed, "repro", "train")
+        wait_for(killed, target, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    dvc(killed, "repro", "train")
+    log = (killed / "outputs/train.log").read_text()
+    assert len(re.findall(r"continuing at iteration \d+", log)) == 2
+    for name in ("checkpoints/last.pt", "checkpoints/best.pt", "train.tsv", "val.tsv"):
+        assert (killed / "outputs" / name).read_bytes() == (whole / "outputs" / name).read_bytes()
 
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])  # DVC starts a stage by $SHELL

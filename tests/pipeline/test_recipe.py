@@ -1,0 +1,38 @@
+"""A recipe on one's own folder: what a clinician with photographs of feet would do first."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import torch
+
+from tests.project import REPOSITORY, draw_feet, dvc, make_project, metrics, run, set_params
+
+
+def test_the_feets_recipe_trains_on_a_folder_of_photographs(tmp_path: Path) -> None:
+    project = make_project(tmp_path, {})
+    shutil.copy(REPOSITORY / "params.yaml", project)
+    draw_feet(project / "data/photographs", {"": 10})
+    for image in (project / "data/photographs/images").iterdir():
+        assert cv2.imwrite(str(image.with_suffix(".jpg")), cv2.imread(str(image)))
+        image.unlink()
+    name = "pointrend_r101_512x512_160k_feetarch5k"
+    said = run([sys.executable, "-m", "stages.recipe", "use", name], project).stdout
+    assert f"params.yaml is now {name}" in said
+    sizes = {"augmentation.crop_size": [64, 64], "train.iterations": 3, "train.batch_size": 2}
+    set_params(project, {"data.root": "data/photographs"} | sizes)
+    dvc(project, "repro")
+    checkpoint = torch.load(project / "outputs/checkpoints/best.pt", weights_only=True)
+    assert checkpoint["classes"] == ["background", "foot", "arch"]
+    assert checkpoint["params"]["model"]["name"] == "pointrend"
+    assert checkpoint["params"]["train"]["loss"]["avg_non_ignore"] is False
+    assert any(name.startswith("decode_head.1.fcs.2.") for name in checkpoint["model"])
+    assert metrics(project)["mean_iou"] >= 0
+    summary = json.loads((project / "data/prepared/summary.json").read_text())["splits"]
+    assert {split: summary[split]["images"] for split in summary} == {
+        "train": 6,
+        "val": 2,
+        "test": 2,
+    }
