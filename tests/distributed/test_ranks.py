@@ -31,6 +31,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(project: Path, gpus: int, *command: str, **changes: object) -> Path:
     """Train anew and return the last checkpoint."""
+    shutil.copy(REPOSITORY / "params.yaml", project)
     set_params(project, SMALL | CHANGES | changes | {"train.gpus": gpus})
     shutil.rmtree(project / ".dvc/tmp/instep", ignore_errors=True)
     if command:
@@ -41,11 +42,14 @@ def train(project: Path, gpus: int, *command: str, **changes: object) -> Path:
 
 
 def difference(one: Path, other: Path) -> float:
-    """The largest difference of a tensor, averaged ones included, relative to its norm."""
+    """The largest difference of a tensor, averaged ones included, relative to its norm.
+
+    A bias that batch normalisation takes away again learns nothing: it holds 1e-18 of rounding.
+    """
     a, b = (tensors(torch.load(path, weights_only=True)) for path in (one, other))
     assert a.keys() == b.keys()
     return max(
-        float((a[name] - b[name]).double().norm() / a[name].double().norm().clamp(min=1e-12))
+        float((a[name] - b[name]).double().norm() / a[name].double().norm().clamp(min=1e-6))
         for name in a
     )
 
@@ -92,11 +96,8 @@ def test_two_processes_share_every_term_the_clipping_and_the_average(project: Pa
         "train.head_lr_mult": 10.0,
         "train.decay_norm": False,
     }
-    before = (project / "params.yaml").read_bytes()
-    one = shutil.copy(train(project, 1, **changes), project / "terms-one.pt")
-    two = train(project, 2)
-    (project / "params.yaml").write_bytes(before)
-    assert difference(Path(one), two) < 1e-9
+    one = shutil.copy(train(project, 1, **changes), project / "terms.pt")
+    assert difference(one, train(project, 2, **changes)) < 1e-9
 
 
 @pytest.mark.parametrize("missing", ["local_batch_norm", "unkeyed_dropout"])
