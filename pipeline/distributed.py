@@ -145,12 +145,24 @@ def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
     with warnings.catch_warnings():
         # torch 2.14 has another name for it, torch 2.10 does not know that one.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return DistributedDataParallel(
+        parallel = DistributedDataParallel(
             synchronize_batch_norm(model),
             device_ids=[device.index] if device.type == "cuda" else None,
             broadcast_buffers=False,  # synchronous BN keeps them equal
             gradient_as_bucket_view=True,
         )
+    parallel.register_comm_hook(None, _summed)
+    return parallel
+
+
+def _summed(
+    state: object,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
+    """The sum of the ranks' gradients, which are parts of one sum: DDP itself would average."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return future
 
 
 def accumulating(model: nn.Module) -> AbstractContextManager[None]:

@@ -108,6 +108,15 @@ class DataParams(Section):
     reduce_zero_label: bool
     splits: SplitsParams
 
+    @field_validator("images", "targets")
+    @classmethod
+    def _lies_below_the_root(cls, folder: str) -> str:
+        if Path(folder).is_absolute() or ".." in Path(folder).parts:
+            raise ValueError(
+                f"must be a folder below data.root, not {folder!r}: DVC watches data.root alone"
+            )
+        return folder
+
     @property
     def num_ids(self) -> int:
         """The number of ids in the files, ignore_index aside."""

@@ -27,13 +27,7 @@ METRICS = Path("metrics.json")
 def main() -> None:
     """Check the parameters, then evaluate here or hand over to torchrun."""
     params = load_params()
-    split = params.evaluation.split
-    if not len(Store(PREPARED).split(split)):
-        other = "val" if split == "test" else "test"
-        raise ValueError(
-            f"evaluation.split: {split}, but the data set has no labelled {split} image; use "
-            f"evaluation.split: {other}"
-        )
+    Store(PREPARED).require_measured(params.evaluation.split)
     device, gpus = params.train.device, params.train.gpus
     processes = min(gpus, torch.cuda.device_count() or gpus)  # any machine can evaluate
     if not distributed.hand_over("stages.evaluate", device, processes):

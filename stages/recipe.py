@@ -49,7 +49,8 @@ def main() -> None:
         case "list":
             width = max(map(len, names()))
             for name in names():
-                print(f"{name:{width}}  {read_yaml(RECIPES / f'{name}.yaml')['description']}")
+                about = read_yaml(RECIPES / f"{name}.yaml").get("description", "")
+                print(f"{name:{width}}  {about}")
         case "show":
             print(rewritten(PARAMS, load_recipe(options.name).values), end="")
         case "use":
@@ -75,14 +76,24 @@ def load_recipe(name: str) -> Recipe:
         )
     values: dict[str, str] = {}
     steps: list[str] = []
-    for piece in [*read_yaml(RECIPES / f"{name}.yaml")["base"], name]:
-        path = RECIPES / f"{piece}.yaml"
+    for path in _pieces(name):
         text = path.read_text(encoding="utf-8")
         values |= {key: text[start:end] for key, (_, start, end) in places(text).items()}
         steps += read_yaml(path).get("next", [])
     for about in ("description", "base", "next"):
         values.pop(about, None)
     return Recipe(values, steps)
+
+
+def _pieces(name: str) -> list[Path]:
+    """The files of a recipe, those it is based on first."""
+    path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such piece of a recipe")
+    bases = read_yaml(path).get("base", [])
+    if not isinstance(bases, list):
+        raise ValueError(f"{path}: base must be a list, as [_common, _ade20k]")
+    return [*(piece for base in bases for piece in _pieces(base)), path]
 
 
 def places(text: str) -> dict[str, tuple[int, int, int]]:

@@ -6,6 +6,7 @@ import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from pipeline.data.transforms import DTYPES
 from pipeline.models import build_model
 from pipeline.params import ModelParams, Params, flatten, load_params, plain
 from pipeline.tracking import Tracker, dvc_tags, git_tags, open_training_run
-from pipeline.training.checkpoint import fill, load_checkpoint, load_weights
+from pipeline.training.checkpoint import Checkpoint, fill, load_checkpoint, load_weights
 from pipeline.training.loop import Progress, train
 from pipeline.training.optimization import Learner, build_learner
 from pipeline.training.state import State, start_file, train_fingerprint
@@ -26,11 +27,13 @@ log = logging.getLogger("instep")
 def main() -> None:
     """Check the parameters, then train here or hand over to torchrun."""
     params = load_params()
-    if params.train.validation and not len(Store(PREPARED).split("val")):
-        raise ValueError(
-            "train.validate: true, but the data set has no labelled val image; use train.validate: "
-            "false, or give it some"
-        )
+    store = Store(PREPARED)
+    if params.train.validation:
+        store.require("val", "train.validate: true", "use train.validate: false, or give it some")
+    store.require_measured(params.evaluation.split)  # before the training, not after it
+    for given in (params.train.load_from, params.train.resume_from):
+        if given:
+            start_file(given, params)
     distributed.check_devices(params.train.device, params.train.gpus)
     if not distributed.hand_over("stages.train", params.train.device, params.train.gpus):
         with distributed.process_group(params.train.device) as device:
@@ -43,18 +46,18 @@ def run(params: Params, device: torch.device) -> None:
     store = Store(PREPARED)
     state = State(train_fingerprint(params, store.md5))
 
-    distributed.seed_everything(options.seed, options.deterministic)
-    model = build_model(first_weights(params, state), len(store.classes))
-    model.to(device, DTYPES[options.precision]).to(memory_format=torch.channels_last)
-    learner = build_learner(model, options, device)
-
     with state.locked() if first else nullcontext():
         distributed.barrier()
         if first:
             open_log(Path(options.work_dir), state)
         else:
             log.setLevel(logging.ERROR)  # the first process says it for all
-        progress = resume(params, store, state, learner)
+        saved = state.load()
+        distributed.seed_everything(options.seed, options.deterministic)
+        model = build_model(first_weights(params, saved is not None), len(store.classes))
+        model.to(device, DTYPES[options.precision]).to(memory_format=torch.channels_last)
+        learner = build_learner(model, options, device)
+        progress = resume(params, store, saved, learner)
         tracker = open_run(params, store, state, progress) if first else Tracker()
         try:
             train(params, store, learner, progress, device, state, tracker.log)
@@ -66,18 +69,23 @@ def run(params: Params, device: torch.device) -> None:
         tracker.finish("FINISHED")
 
 
-def first_weights(params: Params, state: State) -> ModelParams:
+def first_weights(params: Params, saved: bool) -> ModelParams:
     """The `model` section, without pretrained weights that a checkpoint would replace at once."""
     options, section = params.train, params.model
-    if state.load() or options.resume_from or (options.load_from and options.load_strict):
+    if saved or options.resume_from or (options.load_from and options.load_strict):
         backbone = section.backbone.model_copy(update={"pretrained": None})
         return section.model_copy(update={"backbone": backbone})
     return section
 
 
-def resume(params: Params, store: Store, state: State, learner: Learner) -> Progress:
-    """Fill the learner from where the training starts."""
-    options, model, saved = params.train, learner.model, state.load()
+def resume(
+    params: Params,
+    store: Store,
+    saved: tuple[Checkpoint, list[dict[str, Any]]] | None,
+    learner: Learner,
+) -> Progress:
+    """Fill the learner from where the training starts: the saved state, if there is one."""
+    options, model = params.train, learner.model
     if saved is not None:
         checkpoint, history = saved
         fill(model, checkpoint["model"], "the saved state")

@@ -24,7 +24,12 @@ def by_stem(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], lis
             "name it, and in a --temp or queued run it must be tracked by git or `dvc add`"
         ]
     found: dict[str, Path] = {}
-    problems = []
+    problems = [
+        f"{path}: a link to {'a folder' if path.is_dir() else 'nothing'}, which DVC does not "
+        "follow; put the files there"
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() and not path.is_file()
+    ]
     for path in _files(folder):
         if path.suffix.lower() not in suffixes:
             continue
@@ -57,6 +62,7 @@ def read_image(path: Path) -> Array:
         raise ValueError(f"{path}: can't be read as an image ({error})") from None
     if image is None:  # how OpenCV says that a file is empty, truncated or no image
         raise ValueError(f"{path}: can't be read as an image")
+    _refuse_turned(path)
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
 
 
@@ -107,10 +113,23 @@ def _read_target(path: Path, convert: str | None = None) -> tuple[str, NDArray[A
         with Image.open(path) as file:
             # Pillow spreads the ids of a grey PNG of 2 or 4 bits over 0-255.
             step = {"L;2": 85, "L;4": 17}.get(str(file.tile[0][3]), 1) if file.tile else 1
-            pixels = file.convert(convert) if convert else file
-            return file.mode, np.asarray(pixels) // step
+            mode = file.mode
+            pixels = np.asarray(file.convert(convert) if convert else file) // step
     except Exception as error:  # what Pillow raises depends on where a file is broken
         raise ValueError(f"{path}: can't be read as a target ({error})") from None
+    _refuse_turned(path)
+    return mode, pixels
+
+
+def _refuse_turned(path: Path) -> None:
+    """Refuse a TIFF that both libraries turn, whatever they are told."""
+    if path.suffix.lower() in (".tif", ".tiff"):
+        with Image.open(path) as file:
+            orientation = getattr(file, "tag_v2", {}).get(274, 1)
+        if orientation != 1:
+            raise ValueError(
+                f"{path}: its Orientation tag turns it; save it upright, without the tag"
+            )
 
 
 def some(values: Sequence[object]) -> str:

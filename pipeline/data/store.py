@@ -91,6 +91,16 @@ class Store:
         """One of train, val and test; the last two may be empty."""
         return Split(self.folder, [Entry(*entry) for entry in self._splits[name]])
 
+    def require(self, split: str, asked: str, remedy: str) -> None:
+        """Raise a ValueError where a split that a parameter asks for has no labelled image."""
+        if not self._splits[split]:
+            raise ValueError(f"{asked}, but the data set has no labelled {split} image; {remedy}")
+
+    def require_measured(self, split: str) -> None:
+        """The same for evaluation.split."""
+        other = "val" if split == "test" else "test"
+        self.require(split, f"evaluation.split: {split}", f"use evaluation.split: {other}")
+
     @cached_property
     def md5(self) -> str:
         """The identity DVC gives the folder: md5 over the sorted list of its files' md5."""

@@ -55,8 +55,7 @@ class Predictor:
             return next(views)
         total = torch.zeros(())
         for logits in views:
-            at_least = torch.promote_types(logits.dtype, torch.float32)
-            total = total + logits.softmax(dim=1, dtype=at_least)
+            total = total + logits.softmax(dim=1)
         return total / count
 
     def _views(self, images: list[Array]) -> Iterator[Tensor]:
@@ -69,6 +68,7 @@ class Predictor:
                 with autocast(self.device, self.precision):
                     logits = self._logits(inputs.flip(3) if mirrored else inputs)
                 logits = logits.flip(3) if mirrored else logits
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 if size != shape:
                     logits = F.interpolate(logits, shape, mode="bilinear", align_corners=False)
                 yield logits

@@ -68,7 +68,7 @@ def write_overlays(
         panels = [image, _blend(image, target, store), _blend(image, prediction, store)]
         gap = np.full((image.shape[0], 4, 3), 255, np.uint8)
         picture = np.hstack([panels[0], gap, panels[1], gap, panels[2]])
-        stem = re.sub(r"[^\w\-]+", "_", split.entries[index].name)
+        stem = re.sub(r"[^\w\-]+", "_", split.entries[index].name)[-60:]  # names have a limit
         path = folder / f"{name_of[index]}_{stem}.png"
         done, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         assert done, "OpenCV encodes any uint8 picture"

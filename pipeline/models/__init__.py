@@ -7,7 +7,7 @@ from pipeline.models.deeplabv3 import DeepLabV3Head
 from pipeline.models.deeplabv3plus import DeepLabV3PlusHead
 from pipeline.models.fcn import AuxiliaryHead, FCNHead
 from pipeline.models.keyed import key_random_layers
-from pipeline.models.layers import Output, resize
+from pipeline.models.layers import Output, whole
 from pipeline.models.library import build_library_model
 from pipeline.models.pointrend import PointRendHead
 from pipeline.models.pspnet import PSPHead
@@ -64,7 +64,7 @@ class Segmenter(nn.Module):
             (auxiliary,) = self.auxiliary_head(features)
             outputs = [*outputs, auxiliary._replace(weight=self.aux_weight)]
         dense = [
-            output._replace(logits=resize(output.logits, images.shape[2:]))
+            output._replace(logits=whole(output.logits, images.shape[2:]))
             if output.points is None
             else output
             for output in outputs

@@ -103,6 +103,11 @@ class PyramidPooling(nn.ModuleList):
         return torch.cat([x, *(resize(pool(x), x.shape[2:]) for pool in self)], dim=1)
 
 
+def whole(logits: Tensor, size: torch.Size) -> Tensor:
+    """Logits at the size of the image, at least fp32: rounded to bf16, classes would tie."""
+    return resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), size)
+
+
 def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     """Bilinear, corners not aligned: (N,C,h,w) -> (N,C,H,W)."""
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)

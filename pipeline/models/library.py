@@ -1,12 +1,14 @@
 """The networks of segmentation_models_pytorch, https://smp.readthedocs.io, under our contract."""
 
+import copy
 import difflib
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.models.keyed import key_random_layers
-from pipeline.models.layers import Output
+from pipeline.models.layers import AveragePool, Output
 from pipeline.params import LIBRARY, ModelParams
 
 STRIDE = 32  # what most of its networks need an image's sides to be multiples of
@@ -61,4 +63,30 @@ def build_library_model(model: ModelParams, num_classes: int) -> LibraryModel:
         )
     except (KeyError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"model: {model.name} with the encoder {encoder}: {error}") from error
-    return LibraryModel(network)
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.AdaptiveAvgPool2d):
+                match child.output_size:
+                    case int(bins) | (int(bins), _):  # it pools to squares
+                        setattr(parent, name, AveragePool(bins))  # deterministic: see average_pool
+    whole = LibraryModel(network)
+    _try_out(whole, f"model: {model.name} with the encoder {encoder}")
+    return whole
+
+
+def _try_out(model: LibraryModel, what: str) -> None:
+    """Freeze what no gradient reaches, which processes would wait for.
+
+    Raises:
+        ValueError: a layer draws by other means than the random layers that could be keyed.
+    """
+    trial, before = copy.deepcopy(model).train(), torch.get_rng_state()
+    outputs = trial(torch.zeros(2, 3, 224, 224), torch.arange(2))
+    if not torch.equal(before, torch.get_rng_state()):
+        raise ValueError(
+            f"{what} draws random numbers without keys, which would change with the number of "
+            "GPUs; use another encoder, as one of timm's (tu-...)"
+        )
+    torch.autograd.backward(outputs[0].logits.sum())
+    for own, tried in zip(model.parameters(), trial.parameters(), strict=True):
+        own.requires_grad_(tried.grad is not None)

@@ -46,7 +46,8 @@ class PointRendHead(nn.ModuleList):
             refined = resize(refined, (height, width))
             count = min(self.params.subdivision_points, height * width)
             cells = uncertainty(refined.flatten(2)).topk(count, dim=1).indices
-            centres = torch.stack([cells % width, cells // width], dim=2).to(fine.dtype) + 0.5
+            exact = torch.promote_types(fine.dtype, torch.float32)
+            centres = torch.stack([cells % width, cells // width], dim=2).to(exact) + 0.5
             points = centres / centres.new_tensor([width, height])
             logits = self[1](fine, coarse, points)
             places = cells[:, None].expand_as(logits)
@@ -83,7 +84,8 @@ class PointHead(Keyed):
         count, ratio = self.params.train_points, self.params.oversample_ratio
         chosen = int(count * self.params.importance_ratio)
         candidates = int(count * ratio)
-        drawn = self.uniform(2 * (candidates + count - chosen)).to(coarse.dtype)
+        exact = torch.promote_types(coarse.dtype, torch.float32)
+        drawn = self.uniform(2 * (candidates + count - chosen)).to(exact)
         points = drawn.view(len(coarse), -1, 2)
         some, rest = points[:, :candidates], points[:, candidates:]
         # Rounded, and the first of equals: where an image is flat, the last digits, which vary with

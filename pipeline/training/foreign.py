@@ -103,5 +103,5 @@ def foreign_classes(content: dict[str, Any]) -> list[str]:
         if isinstance(holder, dict):
             names = holder.get("classes") or holder.get("CLASSES")
             if isinstance(names, list | tuple):
-                return [str(name) for name in names]
+                return [str(name).strip() for name in names]  # ADE20K's 'bed ' has a blank
     return []

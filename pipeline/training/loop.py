@@ -180,8 +180,7 @@ def train_step(
                 outputs = model(inputs, key)
             losses = [_loss(criterion, output, target, divisors, options) for output in outputs]
             part = torch.stack(losses).sum()
-            # DDP averages the gradients of the ranks; theirs are parts of one sum.
-            torch.autograd.backward(learner.scaler.scale(part * distributed.world_size()))
+            torch.autograd.backward(learner.scaler.scale(part))
         loss += part.detach()
     learner.scaler.unscale_(learner.optimizer)
     if options.clip_grad_norm is not None:

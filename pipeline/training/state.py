@@ -80,14 +80,17 @@ def start_file(given: str, params: Params) -> Path:
         ValueError: it does not exist, or DVC deletes it before the training starts.
     """
     path = (main_checkout() / given).resolve()
-    if path.is_relative_to(main_checkout() / params.train.work_dir):
+    if path.is_relative_to((main_checkout() / params.train.work_dir).resolve()):
         raise ValueError(
             f"train.resume_from / load_from: {given} lies in train.work_dir "
             f"{params.train.work_dir}, whose files DVC deletes before the stage starts; copy it "
             "elsewhere first"
         )
     if not path.is_file():
-        raise ValueError(f"train.resume_from / load_from: no file {path}")
+        raise ValueError(
+            f"train.resume_from / load_from: no file {path}; a relative name is looked up in "
+            f"{main_checkout()}"
+        )
     return path
 
 

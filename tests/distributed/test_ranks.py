@@ -124,7 +124,7 @@ def test_ranks_share_an_evaluation_exactly(project: Path, model: str) -> None:
     seen = []
     for gpus in (1, 2, 3):
         shares = {"train.gpus": gpus, "train.batch_size": 6, "train.accumulation": 1}
-        views = {"evaluation.scales": [1.0, 0.5], "evaluation.flip": True}
+        views = {"evaluation.scales": [1.0, 0.75], "evaluation.flip": True}
         set_params(project, shares | views | {"evaluation.batch_size": 1})
         run([sys.executable, "-m", "stages.evaluate"], project, OMP_NUM_THREADS="1")
         seen.append(((project / "outputs/evaluation/confusion.tsv").read_text(), metrics(project)))

@@ -106,10 +106,10 @@ def test_deterministic_refuses_kernels_that_vary() -> None:
     assert len({words[1] for words in said}) == 1
 
 
-def test_no_more_gpus_are_used_than_cuda_visible_devices_leaves(
+def test_more_gpus_than_the_machine_shows_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # torch counts what the variable leaves; this machine may have no GPU to count.
+    # What CUDA_VISIBLE_DEVICES leaves, torch counts; this machine may have no GPU to count.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_devices("auto", 2)
     with pytest.raises(ValueError, match=r"train.gpus: 4, but this machine shows 2; use at most 2"):

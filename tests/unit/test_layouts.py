@@ -338,3 +338,30 @@ def test_the_folds_of_a_data_set_cover_it(tmp_path: Path):
     assert len(tested) == 1
     assert sorted(set(seen)) == [str(number) for number in range(10)]
     assert len(seen) == 9 + 3
+
+
+def test_a_tiff_that_would_be_turned_is_refused(tmp_path: Path):
+    for name in ("train/a", "val/b", "test/c"):
+        picture(tmp_path / f"images/{name}.png", len(name) + ord(name[-1]))
+        target(tmp_path / f"targets/{name}.png", [[0, 1, 2, 0], [0, 1, 2, 0]])
+    turned = tmp_path / "images/train/a.tif"
+    Image.fromarray(photo(0, (2, 4))).save(turned, tiffinfo={274: 3})
+    (tmp_path / "images/train/a.png").unlink()
+    assert refused(layout(tmp_path, "pairs")) == [
+        "images/train/a.tif: its Orientation tag turns it; save it upright, without the tag"
+    ]
+
+
+def test_links_that_dvc_does_not_follow_are_refused(tmp_path: Path):
+    root = tmp_path / "root"
+    for name in ("train/a", "val/b", "test/c"):
+        picture(root / f"images/{name}.png", ord(name[-1]))
+        target(root / f"targets/{name}.png", [[0, 1, 2, 0], [0, 1, 2, 0]])
+    (root / "images/test").rename(tmp_path / "elsewhere")
+    (root / "images/test").symlink_to(tmp_path / "elsewhere")
+    (root / "targets/val/gone.png").symlink_to(tmp_path / "nothing")
+    _, problems = read_layout(layout(root, "pairs"))
+    assert problems[:2] == [
+        "images/test: a link to a folder, which DVC does not follow; put the files there",
+        "targets/val/gone.png: a link to nothing, which DVC does not follow; put the files there",
+    ]

@@ -88,7 +88,7 @@ def test_without_a_weight_there_is_no_auxiliary_head(head: str):
     assert len(outputs) == (2 if head == "pointrend" else 1)
 
 
-@pytest.mark.parametrize("name", ["Unet", "DeepLabV3Plus", "FPN"])
+@pytest.mark.parametrize("name", ["Unet", "DeepLabV3Plus", "FPN", "PSPNet"])
 def test_a_network_of_the_library_keeps_the_contract(name: str):
     model = build_model(options(name=f"smp.{name}", aux_weight=0.0), 5)
     images, keys = torch.randn(2, 3, 64, 96), torch.tensor([4, 9])
@@ -100,6 +100,10 @@ def test_a_network_of_the_library_keeps_the_contract(name: str):
         assert model.eval()(images[:, :, :33, :70]).shape == (2, 5, 33, 70)
     backbone = {id(parameter) for parameter in model.backbone.parameters()}
     assert 0 < len(backbone) < len(list(model.parameters()))
+    output.logits.sum().backward()
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None for parameter in learned)  # else DDP would wait
+    assert not any(isinstance(layer, nn.AdaptiveAvgPool2d) for layer in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -107,6 +111,7 @@ def test_a_network_of_the_library_keeps_the_contract(name: str):
     [
         ({"name": "smp.UNet"}, r"has no UNet; did you mean smp\.Unet\? It has DPT, DeepLabV3,"),
         ({"name": "smp.Unet", "backbone.name": "resnet17"}, r"smp\.Unet with the encoder resnet17"),
+        ({"name": "smp.Unet", "backbone.name": "efficientnet-b0"}, r"draws random numbers without"),
     ],
 )
 def test_what_the_library_does_not_have_is_refused(names: dict[str, str], rule: str):

@@ -96,6 +96,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_valid_one(
         ("data.classes", ["a", "b", "a"], "data: classes: every name must stand once"),
         ("data.ignore_index", 1, "data: ignore_index 1 is the id of class 'land'"),
         ("data.splits.group_by", "(", "data.splits.group_by: must be a regular expression"),
+        ("data.images", "../photos", "data.images: must be a folder below data.root"),
         ("data.splits.val", 0.85, "data.splits: val + test is 1; it must stay below 1"),
         ("train.ema_decay", 1.0, "train.ema_decay: 1.0 should be less than 1"),
         ("train.clip_grad_norm", 0, "train.clip_grad_norm: 0 should be greater than 0"),

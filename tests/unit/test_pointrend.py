@@ -62,6 +62,22 @@ def test_most_points_are_the_least_certain_of_the_candidates():
     assert torch.equal(points[:, 30:], drawn[:, 120:])
 
 
+def test_points_and_refinement_keep_their_places_in_bf16():
+    model, head = point_head(subdivision_steps=1, subdivision_points=10**6, train_points=2048)
+    head.keys = torch.tensor([3])
+    coarse = torch.randn(1, 4, 128, 128)
+    points = head.draw(coarse.bfloat16())
+    assert points.dtype == torch.float32
+    assert points.max() < 1
+    assert len(points[0, :, 0].unique()) > 2000
+    fine = torch.linspace(0, 1, 128).expand(1, 256, 128, 128)  # tells the column
+    with torch.autocast("cpu", torch.bfloat16):
+        refined = model.decode_head._refine(fine.bfloat16(), coarse.bfloat16())
+    with torch.no_grad():
+        exact = model.decode_head._refine(fine, coarse)
+    assert (refined - exact).norm() < 0.05 * exact.norm()
+
+
 def test_the_points_of_a_sample_follow_from_its_key_and_its_own_map():
     _, head = point_head()
     head.keys = torch.tensor([3, 8])

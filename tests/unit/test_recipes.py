@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -110,6 +111,17 @@ def test_a_data_set_brings_its_batch_and_its_classes(
     assert params.data.reduce_zero_label is (classes == 150)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_has_mmsegmentations_numbers(name: str, tmp_path: Path):
+    # What the configs that the recipes name hold, resolved by mmengine, under our names.
+    reference = REPOSITORY / "tests/unit/data/mmsegmentation_recipes.json"
+    expected = json.loads(reference.read_text())[name]
+    params = plain(resolved(name, tmp_path))
+    assert len(params["data"]["classes"]) == expected.pop("classes", 3)
+    found = flatten(params)
+    assert {key: found[key] for key in expected} == expected
+
+
 def test_what_stood_in_the_file_leaves_no_trace(file: Path):
     clean = file.with_name("clean.yaml")
     clean.write_bytes(file.read_bytes())
@@ -164,6 +176,21 @@ def test_use_tells_what_changed_and_what_comes_next(file: Path, capsys: pytest.C
     assert "train.seed" not in changed
     assert '  data.root: "data/bluemarble"\n' in left
     assert following.startswith("  data.root: your folder")
+
+
+def test_a_recipe_of_ones_own_starts_from_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = shutil.copytree(recipe.RECIPES, tmp_path / "recipes")
+    monkeypatch.setattr(recipe, "RECIPES", folder)
+    other = "pspnet_r50-d8_512x512_80k_ade20k"
+    (folder / "mine.yaml").write_text(f"base: [{other}]\ntrain:\n  lr: 0.005\n", encoding="utf-8")
+    assert recipe.load_recipe("mine").values == recipe.load_recipe(other).values | {
+        "train.lr": "0.005"
+    }
+    (folder / "mine.yaml").write_text("base: [_comon]\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"_comon\.yaml: there is no such piece"):
+        recipe.load_recipe("mine")
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(file: Path):
