@@ -19,7 +19,6 @@ from stages import recipe
 from tests.unit.sections import REPOSITORY
 
 NAMES = recipe.names()
-NETWORKS = {re.split("_[0-9]+x", name)[0]: name for name in NAMES}  # by head and encoder
 # What a recipe leaves to the user and the machine; all else it sets.
 LEFT = {
     "data.root",
@@ -267,7 +266,7 @@ def test_values_are_replaced_whatever_their_form(tmp_path: Path):
     )
 
 
-@pytest.mark.parametrize("name", NETWORKS.values())
+@pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_trains_two_iterations(name: str, tmp_path: Path):
     tree = plain(resolved(name, tmp_path))
     tree["model"]["backbone"]["pretrained"] = None
