@@ -6,7 +6,6 @@ import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from pipeline.data.transforms import DTYPES
 from pipeline.models import build_model
 from pipeline.params import ModelParams, Params, flatten, load_params, plain
 from pipeline.tracking import Tracker, dvc_tags, git_tags, open_training_run
-from pipeline.training.checkpoint import Checkpoint, fill, load_checkpoint, load_weights
+from pipeline.training.checkpoint import fill, load_checkpoint, load_weights
 from pipeline.training.loop import Progress, train
 from pipeline.training.optimization import Learner, build_learner
 from pipeline.training.state import State, start_file, train_fingerprint
@@ -52,12 +51,11 @@ def run(params: Params, device: torch.device) -> None:
             open_log(Path(options.work_dir), state)
         else:
             log.setLevel(logging.ERROR)  # the first process says it for all
-        saved = state.load()
         distributed.seed_everything(options.seed, options.deterministic)
-        model = build_model(first_weights(params, saved is not None), len(store.classes))
+        model = build_model(first_weights(params, state.exists), len(store.classes))
         model.to(device, DTYPES[options.precision]).to(memory_format=torch.channels_last)
         learner = build_learner(model, options, device)
-        progress = resume(params, store, saved, learner)
+        progress = resume(params, store, state, learner)
         tracker = open_run(params, store, state, progress) if first else Tracker()
         try:
             train(params, store, learner, progress, device, state, tracker.log)
@@ -78,14 +76,9 @@ def first_weights(params: Params, saved: bool) -> ModelParams:
     return section
 
 
-def resume(
-    params: Params,
-    store: Store,
-    saved: tuple[Checkpoint, list[dict[str, Any]]] | None,
-    learner: Learner,
-) -> Progress:
-    """Fill the learner from where the training starts: the saved state, if there is one."""
-    options, model = params.train, learner.model
+def resume(params: Params, store: Store, state: State, learner: Learner) -> Progress:
+    """Fill the learner from where the training starts."""
+    options, model, saved = params.train, learner.model, state.load()
     if saved is not None:
         checkpoint, history = saved
         fill(model, checkpoint["model"], "the saved state")

@@ -54,7 +54,7 @@ def uniform(keys: Tensor, salt: int, count: int) -> Tensor:
     Integer arithmetic on the keys' device: the same numbers on any.
     """
     steps = torch.arange(1, count + 1, device=keys.device)
-    state = _mix(keys ^ _mix(torch.tensor(salt, device=keys.device)))
+    state = _mix(keys ^ _mix(torch.full((), salt, device=keys.device)))
     bits = _shifted(_mix(state[:, None] + steps * GOLDEN), 40)
     return bits.to(torch.float32) * 2**-24
 

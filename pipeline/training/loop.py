@@ -165,11 +165,11 @@ def train_step(
     criterion of each of the model's outputs, by their weights.
     """
     options = params.train
-    images, targets = (part.to(device, non_blocking=True) for part in batch[:2])
+    images, targets, keys = (part.to(device, non_blocking=True) for part in batch)
     divisors = distributed.sum_over_ranks(criterion.count(targets))
     divisors += divisors == 0  # no valid pixel: a loss of 0 / 1
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    parts = zip(*(part.chunk(options.accumulation) for part in (images, targets, batch[2])))
+    parts = zip(*(part.chunk(options.accumulation) for part in (images, targets, keys)))
     for number, (image, target, key) in enumerate(parts, start=1):
         last = number == options.accumulation
         with nullcontext() if last else distributed.accumulating(model):

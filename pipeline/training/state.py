@@ -143,9 +143,14 @@ class State:
             if path != best:
                 path.unlink()
 
+    @property
+    def exists(self) -> bool:
+        """Whether a checkpoint has been saved."""
+        return self._state.is_file()
+
     def load(self) -> tuple[Checkpoint, list[dict[str, Any]]] | None:
         """The last saved checkpoint and the curves up to it, if there are any."""
-        if not self._state.is_file():
+        if not self.exists:
             return None
         saved = load_file(self._state)
         return saved["checkpoint"], saved["history"]
