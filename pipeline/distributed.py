@@ -77,13 +77,21 @@ def check_devices(device: str, gpus: int) -> None:
         )
 
 
+def processes_here(device: str, asked: int) -> int:
+    """As many processes as asked for, but no more than this machine has GPUs for."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return asked
+    return min(asked, torch.cuda.device_count())
+
+
 def hand_over(module: str, device: str, processes: int) -> bool:
     """Start `python -m module` in that many processes by torchrun, and wait for them.
 
-    False where this process is to do the work: it is the only one, or one of torchrun's.
+    False where this process is to do the work: it is the only one, or a launcher started it and
+    says so in WORLD_SIZE, as torchrun does and whoever starts ranks by hand.
     """
     die_with_parent()
-    if processes == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+    if processes == 1 or "WORLD_SIZE" in os.environ:
         return False
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -93,6 +101,7 @@ def hand_over(module: str, device: str, processes: int) -> bool:
     options = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]  # 0: a free port
     options += ["--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     try:
         run.main([*options, "-m", module])
     except ChildFailedError as error:  # the process has said why
@@ -112,16 +121,20 @@ def die_with_parent() -> None:
 
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
-    """Join torchrun's processes, if there are any, and yield this one's device."""
+    """Join the processes that a launcher has started beside this one, and yield its device.
+
+    The launcher says in WORLD_SIZE how many there are, in RANK and LOCAL_RANK which of all and
+    which of this machine's this one is, in MASTER_ADDR and MASTER_PORT where they meet: what
+    torchrun sets, and what anything else can set that starts processes.
+    """
     use_cuda = device != "cpu" and torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     own = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(own)
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield own
         return
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     dist.init_process_group("nccl" if use_cuda else "gloo", device_id=own if use_cuda else None)
     try:
         yield own
@@ -139,7 +152,11 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as it trains: on one process itself; on more with synchronous BN, in DDP."""
+    """The model as it trains: on one process itself; on more with synchronous BN, in DDP.
+
+    Its BN layers are replaced in place: so it comes before the optimizer and a moving average of
+    the weights, which have to know the model as it trains.
+    """
     if world_size() == 1:
         return model
     with warnings.catch_warnings():
@@ -182,7 +199,6 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         assert norm.momentum is not None
         super().__init__(norm.num_features, norm.eps, norm.momentum)
-        # The very tensors: an optimizer may hold them already.
         self.weight, self.bias = norm.weight, norm.bias
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
         self.num_batches_tracked = norm.num_batches_tracked

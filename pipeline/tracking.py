@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.params import TrackingParams, main_checkout
+from pydantic import Field
+
+from pipeline.params import Positive, Section, main_checkout
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,6 +30,14 @@ EVALUATION_TAG = "evaluation"  # the fingerprint of the evaluation whose scores 
 PARENT_TAG = "mlflow.parentRunId"
 PATIENCE = 60.0  # seconds that the end of a stage waits for the last points to be sent
 RETRY = 1.0
+
+
+class TrackingParams(Section):
+    """The section `tracking`; every key is explained beside it in params.yaml."""
+
+    uri: str | None
+    experiment: str = Field(min_length=1)
+    log_interval: Positive
 
 
 class Tracker:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,19 @@ import torch
 
 from pipeline import distributed
 from pipeline.data.store import PREPARED, Store
-from pipeline.data.transforms import DTYPES
+from pipeline.disk import check_format
 from pipeline.evaluation.baseline import colour_rule
-from pipeline.evaluation.inference import Predictor, build_predictor, evaluate
+from pipeline.evaluation.inference import Predictor, evaluate
 from pipeline.evaluation.metrics import summarize
 from pipeline.evaluation.report import choose, write_overlays, write_plots
-from pipeline.models import build_model
-from pipeline.params import ModelParams, Params, flatten, load_params, plain
+from pipeline.experiment import Params, load_params
+from pipeline.models import ModelParams, build_model
+from pipeline.models.network import Labels
+from pipeline.models.weights import averaged
+from pipeline.params import flatten, plain
+from pipeline.precision import PRECISIONS, Normalization
 from pipeline.tracking import dvc_tags, git_tags, open_evaluation_run
-from pipeline.training.checkpoint import Checkpoint, averaged, fill, load_checkpoint
+from pipeline.training.checkpoint import Checkpoint, fill, load_checkpoint
 from pipeline.training.state import State, evaluation_fingerprint
 
 METRICS = Path("metrics.json")
@@ -28,8 +31,8 @@ def main() -> None:
     """Check the parameters, then evaluate here or hand over to torchrun."""
     params = load_params()
     Store(PREPARED).require_measured(params.evaluation.split)
-    device, gpus = params.train.device, params.train.gpus
-    processes = min(gpus, torch.cuda.device_count() or gpus)  # any machine can evaluate
+    device = params.train.device
+    processes = distributed.processes_here(device, params.train.gpus)  # any machine can evaluate
     if not distributed.hand_over("stages.evaluate", device, processes):
         with distributed.process_group(device) as own:
             run(params, own)
@@ -39,8 +42,9 @@ def run(params: Params, device: torch.device) -> None:
     """Measure the best checkpoint, or the last where the training was not validated."""
     work_dir = Path(params.train.work_dir)
     identity = json.loads((work_dir / "run.json").read_text(encoding="utf-8"))
+    check_format(identity, work_dir / "run.json", "run `dvc repro -f train`")
     if distributed.rank() == 0:
-        State(identity["fingerprint"]).forget()  # DVC has the training's outputs by now
+        State(identity["fingerprint"]).finish()  # DVC has the training's outputs by now
     store = Store(PREPARED)
     split = store.split(params.evaluation.split)
     best, last = (work_dir / "checkpoints" / name for name in ("best.pt", "last.pt"))
@@ -49,42 +53,65 @@ def run(params: Params, device: torch.device) -> None:
 
     num_classes, ignore_index = len(store.classes), store.ignore_index
     confusion, boundary, image_scores = evaluate(
-        predictor, split, num_classes, ignore_index, params.evaluation.batch_size, boundaries=True
+        predictor,
+        split,
+        num_classes=num_classes,
+        ignore_index=ignore_index,
+        batch_size=params.evaluation.batch_size,
+        boundaries=True,
     )
     if distributed.rank() != 0:
         return
     scores = summarize(confusion, store.classes, boundary)
-    colour = colour_rule(store.split("train"), split, num_classes, ignore_index)
-    rule = summarize(colour, store.classes)
-    scores["baseline"] = {name: rule[name] for name in ("mean_iou", "pixel_accuracy", "iou")}
+    summary = f"{params.evaluation.split}: mean IoU {scores['mean_iou']:.4f}"
+    if params.evaluation.baseline is not None:
+        colour = colour_rule(store.split("train"), split, num_classes, ignore_index)
+        rule = summarize(colour, store.classes)
+        scores["baseline"] = {name: rule[name] for name in ("mean_iou", "pixel_accuracy", "iou")}
+        summary += f" (the colour rule: {rule['mean_iou']:.4f})"
     METRICS.write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     folder = work_dir / "evaluation"
     write_plots(folder, scores, confusion, store)
     write_overlays(folder / "overlays", predictor, split, choose(image_scores), store)
-    record(params, store, identity, checkpoint, scores, folder)
-    ours, theirs = scores["mean_iou"], scores["baseline"]["mean_iou"]
-    print(f"{params.evaluation.split}: mean IoU {ours:.4f} (the colour rule: {theirs:.4f})")
+    record(
+        params,
+        store,
+        identity=identity,
+        checkpoint=checkpoint,
+        scores=scores,
+        folder=folder,
+    )
+    print(summary)
 
 
 def load_predictor(params: Params, checkpoint: Checkpoint, device: torch.device) -> Predictor:
-    """The checkpoint's model with its own preprocessing, under the `evaluation` section."""
+    """The checkpoint's network with its own preprocessing, under the `evaluation` section."""
     trained = checkpoint["params"]
     backbone = trained["model"]["backbone"] | {"pretrained": None, "with_cp": False}
     described = json.dumps(trained["model"] | {"backbone": backbone})
-    model_params = ModelParams.model_validate_json(described)
-    precision, deterministic = (trained["train"][name] for name in ("precision", "deterministic"))
-    distributed.seed_everything(trained["train"]["seed"], deterministic)
-    model = build_model(model_params, len(checkpoint["classes"]))
-    model.to(device, DTYPES[precision]).to(memory_format=torch.channels_last)
-    fill(model, averaged(checkpoint), "the checkpoint")
-    scale = trained["augmentation"]["scale"]
-    predictor = build_predictor(model, device, precision, model_params, scale, params.evaluation)
-    return replace(predictor, scales=params.evaluation.scales, flip=params.evaluation.flip)
+    section = ModelParams.model_validate_json(described)
+    distributed.seed_everything(trained["train"]["seed"], trained["train"]["deterministic"])
+    classes = len(checkpoint["classes"])
+    labels = Labels(classes, checkpoint["ignore_index"], checkpoint["frequency"])
+    precision = PRECISIONS[trained["train"]["precision"]]
+    network = build_model(section, labels)
+    network.to(device, precision.weights).to(memory_format=torch.channels_last)
+    fill(network, averaged(dict(checkpoint)), "the checkpoint")
+    return Predictor(
+        network,
+        Normalization(section.mean, section.std, precision=precision, device=device),
+        precision=precision,
+        scale=trained["augmentation"]["scale"],
+        window=params.evaluation.window,
+        scales=params.evaluation.scales,
+        flip=params.evaluation.flip,
+    )
 
 
 def record(
     params: Params,
     store: Store,
+    *,
     identity: dict[str, Any],
     checkpoint: Checkpoint,
     scores: dict[str, Any],
@@ -93,7 +120,7 @@ def record(
     """Add settings, scores and pictures to the MLflow run of this result."""
     sections = plain(params)
     logged = {name: sections[name] for name in sections if name != "tracking"}
-    fingerprint = evaluation_fingerprint(params, store.md5, identity["fingerprint"])
+    fingerprint = evaluation_fingerprint(params.evaluation, store.md5, identity["fingerprint"])
     tags = {
         "fingerprint": identity["fingerprint"],
         "data.md5": store.md5,

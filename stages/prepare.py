@@ -7,11 +7,13 @@ from tqdm import tqdm
 from pipeline.data.audit import prepare
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import PREPARED, Store
-from pipeline.params import load_params
 
 
 def main() -> None:
     """Read params.yaml, audit and pack the data set."""
+    # Here, because the processes that pack import this module, and would import torch with it.
+    from pipeline.experiment import load_params
+
     params = load_params()
     with tqdm(desc="prepare", unit=" images", file=sys.stdout) as bar:
 
@@ -22,6 +24,9 @@ def main() -> None:
         prepare(params.data, PREPARED, show)
     store = Store(PREPARED)
     print("images:", ", ".join(f"{split} {len(store.split(split))}" for split in SPLITS))
+    missing = [name for name, pixels in zip(store.classes, store.pixels) if not pixels]
+    if missing:
+        print("warning: train has no pixel of", ", ".join(missing))
 
 
 if __name__ == "__main__":

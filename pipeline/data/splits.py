@@ -4,10 +4,63 @@ import hashlib
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Annotated, Literal, Self
 
-from pipeline.params import SplitsParams
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.params import Fraction, Section
 
 SPLITS = ("train", "val", "test")
+
+
+class SplitsParams(Section):
+    """Where train, val and test come from: by default from the folders of those names.
+
+    `source: files` takes the lists train.txt, val.txt and test.txt in `data.root`. `source: drawn`
+    divides the images by `seed`: `val` and `test` are shares of the groups, and a group is what the
+    regular expression `group_by` matches in a file's name. With `folds` the images that test leaves
+    are cut into that many parts, of which number `fold` is val.
+    """
+
+    source: Literal["given", "drawn", "files"] = "given"
+    val: Fraction = 0.15
+    test: Fraction = 0.15
+    seed: int = Field(ge=0, default=0)
+    group_by: str | None = None
+    folds: Annotated[int, Field(ge=2)] | None = None
+    fold: int = Field(ge=0, default=0)
+
+    @property
+    def needed(self) -> set[str]:
+        """The splits that must not be empty."""
+        if self.source != "drawn":
+            return {"train"}
+        needed = {"train": True, "val": bool(self.folds or self.val), "test": self.test > 0}
+        return {split for split, must in needed.items() if must}
+
+    @field_validator("group_by")
+    @classmethod
+    def _is_a_pattern(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"must be a regular expression: {error}") from None
+        return pattern
+
+    @model_validator(mode="after")
+    def _leaves_some_for_training(self) -> Self:
+        if self.val + self.test >= 1:
+            raise ValueError(f"val + test is {self.val + self.test:g}; it must stay below 1")
+        return self
+
+    @model_validator(mode="after")
+    def _fold_is_one_of_the_folds(self) -> Self:
+        if self.folds is not None and self.source != "drawn":
+            raise ValueError(f"folds are drawn, and source is {self.source}; use `drawn`, or null")
+        if self.fold >= (self.folds or 1):
+            last = f"at most {self.folds - 1}" if self.folds else "0, or give the number of folds"
+            raise ValueError(f"fold {self.fold} of {self.folds} folds; use {last}")
+        return self
 
 
 def listed_splits(

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.disk import check_format, file_md5
 
 PREPARED = Path("data/prepared")
 INDEX = "index.json"
@@ -36,6 +38,24 @@ class Entry:
     height: int
     width: int
     classes: Sequence[int] = ()
+
+
+class Index(TypedDict):
+    """The content of index.json.
+
+    `pixels` and `frequency` are those of each class in train, see `audit.prepare`; `shards` holds
+    the md5 of each shard, `splits` the values of the entries of each split.
+    """
+
+    format: int
+    name: str
+    classes: Sequence[str]
+    palette: Sequence[Sequence[int]]
+    ignore_index: int
+    pixels: list[int]
+    frequency: list[float]
+    shards: dict[str, str]
+    splits: dict[str, list[list[Any]]]
 
 
 class Split:
@@ -69,7 +89,7 @@ class Store:
     """What `prepare` left in a folder.
 
     Raises:
-        ValueError: the folder holds no index.
+        ValueError: the folder holds no index, or one of another version of this tool.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,15 +97,16 @@ class Store:
         if not path.is_file():
             raise ValueError(f"{path} is missing; run `dvc repro prepare` first")
         self.folder = folder
-        index = json.loads(path.read_text(encoding="utf-8"))
-        self.name: str = index["name"]
-        self.classes: tuple[str, ...] = tuple(index["classes"])
-        self.palette: tuple[tuple[int, int, int], ...] = tuple(map(tuple, index["palette"]))
-        self.ignore_index: int = index["ignore_index"]
-        self.pixels: tuple[int, ...] = tuple(index["pixels"])  # of each class in train
-        self.frequency: list[float] = index["frequency"]  # of each class, see `audit.prepare`
-        self.shards: dict[str, str] = index["shards"]
-        self._splits: dict[str, list[list[Any]]] = index["splits"]
+        index: Index = json.loads(path.read_text(encoding="utf-8"))
+        check_format(index, path, "run `dvc repro -f prepare`")
+        self.name = index["name"]
+        self.classes = tuple(index["classes"])
+        self.palette = tuple(tuple(colour) for colour in index["palette"])
+        self.ignore_index = index["ignore_index"]
+        self.pixels = index["pixels"]
+        self.frequency = index["frequency"]
+        self.shards = index["shards"]
+        self._splits = index["splits"]
 
     def split(self, name: str) -> Split:
         """One of train, val and test; the last two may be empty."""
@@ -97,7 +118,7 @@ class Store:
             raise ValueError(f"{asked}, but the data set has no labelled {split} image; {remedy}")
 
     def require_measured(self, split: str) -> None:
-        """The same for evaluation.split."""
+        """Raise a ValueError where the split of evaluation.split has no labelled image."""
         other = "val" if split == "test" else "test"
         self.require(split, f"evaluation.split: {split}", f"use evaluation.split: {other}")
 
@@ -110,14 +131,12 @@ class Store:
         return hashlib.md5(json.dumps(listed).encode()).hexdigest() + ".dir"
 
 
-def write_index(folder: Path, index: dict[str, Any], splits: dict[str, list[Entry]]) -> None:
-    """Write index.json: `index` and the entries of each split."""
-    listed = {name: [list(asdict(entry).values()) for entry in splits[name]] for name in splits}
-    text = json.dumps(index | {"splits": listed}, ensure_ascii=False, separators=(",", ":"))
+def entry_values(entry: Entry) -> list[Any]:
+    """An entry as the index holds it."""
+    return list(asdict(entry).values())
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Write index.json."""
+    text = json.dumps(index, ensure_ascii=False, separators=(",", ":"))
     (folder / INDEX).write_text(text + "\n", encoding="utf-8")
-
-
-def file_md5(path: Path) -> str:
-    """md5 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()

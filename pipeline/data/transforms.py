@@ -5,26 +5,46 @@ the draws is that of MMSegmentation's RandomResize, RandomCrop, RandomFlip and
 PhotoMetricDistortion: https://github.com/open-mmlab/mmsegmentation
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from pydantic import Field, field_validator
 
-from pipeline.params import AugmentationParams, ModelParams
+from pipeline.data.store import Array
+from pipeline.params import Probability, Section, Size
 
-Array = NDArray[np.uint8]
 
-# train.precision -> the type of weights and inputs, and of what autocast computes in.
-DTYPES = {
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-    "bf16": torch.float32,
-    "fp16": torch.float32,
-}
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+class FlipParams(Section):
+    """The probabilities of mirroring an image."""
+
+    horizontal: Probability = 0.5
+    vertical: Probability = 0.0
+
+
+class AugmentationParams(Section):
+    """The section `augmentation`: how a training sample is drawn from an image.
+
+    `scale` (long side, short side) is what images are fitted into first, also in evaluation; null
+    leaves them as they are. `ratio_range` is that of a random resize on top. A crop that one class
+    fills more than `cat_max_ratio` is drawn again.
+    """
+
+    crop_size: Size
+    scale: Size | None = None
+    ratio_range: tuple[float, float] = (0.5, 2.0)
+    cat_max_ratio: float = Field(gt=0, le=1, default=0.75)
+    flip: FlipParams = FlipParams()
+    photometric: bool = True
+
+    @field_validator("ratio_range")
+    @classmethod
+    def _is_a_range(cls, ratios: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < ratios[0] <= ratios[1]:
+            raise ValueError(f"must be [low, high] with 0 < low <= high, not {list(ratios)}")
+        return ratios
 
 
 class Window(NamedTuple):
@@ -187,20 +207,6 @@ def pad(
     return padded, labels
 
 
-def fill_of(model: ModelParams) -> tuple[int, ...]:
-    """The uint8 colour that normalises to nearly 0."""
-    return tuple(min(max(round(level), 0), 255) for level in model.mean)
-
-
-def normalize(
-    images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype
-) -> Tensor:
-    """uint8 (N,3,H,W) on any device -> `dtype`, normalised by channel; mean and std in 0-255."""
-    offset = torch.tensor(mean, dtype=dtype, device=images.device)[:, None, None]
-    scale = torch.tensor(std, dtype=dtype, device=images.device)[:, None, None]
-    return ((images - offset) / scale).contiguous(memory_format=torch.channels_last)
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of a forward: bf16 or fp16 where `precision` says so, else nothing."""
-    return torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
+def fill_of(mean: Sequence[float]) -> tuple[int, ...]:
+    """The uint8 colour that normalises to nearly 0: the mean that is subtracted, rounded."""
+    return tuple(min(max(round(level), 0), 255) for level in mean)

@@ -1,41 +1,73 @@
 """Predictions of whole images: at once or by a sliding window, in one view or in several."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal, Self
 
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline import distributed
-from pipeline.data.store import Split
-from pipeline.data.transforms import DTYPES, autocast, normalize, resized
+from pipeline.data.store import Array, Split
+from pipeline.data.transforms import resized
 from pipeline.evaluation.metrics import Matrix, boundary_areas, confusion_matrix, mean_iou
-from pipeline.params import EvaluationParams, ModelParams
+from pipeline.models.network import Network
+from pipeline.params import Above0, Positive, Section, Size
+from pipeline.precision import Normalization, Precision
 
-Array = NDArray[np.uint8]
+
+class EvaluationParams(Section):
+    """The section `evaluation`; every key is explained beside it in params.yaml."""
+
+    interval: Positive
+    mode: Literal["whole", "slide"]
+    crop: Size
+    stride: Size
+    split: Literal["val", "test"]
+    scales: tuple[Above0, ...] = Field(min_length=1)
+    flip: bool
+    batch_size: Positive
+    baseline: Literal["colour_rule"] | None
+
+    @property
+    def window(self) -> tuple[Size, Size] | None:
+        """Crop and stride of the sliding window, None for whole images."""
+        return (self.crop, self.stride) if self.mode == "slide" else None
+
+    @model_validator(mode="after")
+    def _windows_meet(self) -> Self:
+        if any(step > side for step, side in zip(self.stride, self.crop, strict=True)):
+            raise ValueError(
+                f"stride {list(self.stride)} leaves pixels between windows of {list(self.crop)}; "
+                "it must not exceed crop"
+            )
+        return self
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model with all that turns stored images into predictions.
+    """A network with all that turns stored images into predictions.
 
     `window` is crop and stride of the sliding window, None for whole images; `scale` is that of
     the augmentation, and `scales` are ratios to it, or to the image where it is None.
     """
 
-    model: nn.Module
-    device: torch.device
-    precision: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    network: Network
+    normalize: Normalization
+    precision: Precision
     scale: tuple[int, int] | None
-    window: tuple[tuple[int, int], tuple[int, int]] | None
+    window: tuple[Size, Size] | None
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return self.normalize.mean.device
 
     @torch.no_grad()
     def predict(self, images: list[Array]) -> list[Array]:
@@ -44,52 +76,55 @@ class Predictor:
 
     @torch.no_grad()
     def scores(self, images: list[Array]) -> Tensor:
-        """The logits (N,C,H,W) of the only view, or the mean of all views' probabilities.
+        """The scores (N,C,H,W) of the only view, or the mean of all views' probabilities.
 
-        A view's logits are resized to the image before the softmax, as in MMSegmentation's
-        test-time augmentation: https://github.com/open-mmlab/mmsegmentation
+        A view's scores are resized to the image first, as in MMSegmentation's test-time
+        augmentation: https://github.com/open-mmlab/mmsegmentation
         """
         views = self._views(images)
         count = len(self.scales) * (1 + self.flip)
         if count == 1:
             return next(views)
-        total = torch.zeros(())
-        for logits in views:
-            total = total + logits.softmax(dim=1)
+        total = self.network.probabilities(next(views))
+        for scores in views:
+            total = total + self.network.probabilities(scores)
         return total / count
 
     def _views(self, images: list[Array]) -> Iterator[Tensor]:
-        """Logits (N,C,H,W) at each scale, as it is and mirrored."""
+        """Scores (N,C,H,W) at each scale, as it is and mirrored."""
         shape = images[0].shape[:2]
         for ratio in self.scales:
             size = resized(shape, self.scale, ratio)
             inputs = self._inputs(images, size)
             for mirrored in (False, True) if self.flip else (False,):
-                with autocast(self.device, self.precision):
-                    logits = self._logits(inputs.flip(3) if mirrored else inputs)
-                logits = logits.flip(3) if mirrored else logits
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                scores = self._score(inputs.flip(3) if mirrored else inputs)
+                scores = scores.flip(3) if mirrored else scores
                 if size != shape:
-                    logits = F.interpolate(logits, shape, mode="bilinear", align_corners=False)
-                yield logits
+                    scores = F.interpolate(scores, shape, mode="bilinear", align_corners=False)
+                yield scores
 
     def _inputs(self, images: list[Array], size: tuple[int, int]) -> Tensor:
         if size != images[0].shape[:2]:
             images = [np.asarray(cv2.resize(image, size[::-1]), np.uint8) for image in images]
         stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.device)
-        return normalize(stacked, self.mean, self.std, DTYPES[self.precision])
+        normalised: Tensor = self.normalize(stacked)
+        return normalised
 
-    def _logits(self, inputs: Tensor) -> Tensor:
+    def _score(self, inputs: Tensor) -> Tensor:
+        """Scores (N,C,H,W) of normalised images."""
         if self.window is None:
-            logits: Tensor = self.model(inputs)
-            return logits
-        return slide(self.model, inputs, *self.window)
+            return self._whole(inputs)
+        return slide(self._whole, inputs, *self.window)
+
+    def _whole(self, inputs: Tensor) -> Tensor:
+        with self.precision.autocast(self.device):
+            outputs = self.network(inputs)
+        height, width = inputs.shape[2:]
+        return self.network.scores(outputs, (height, width))
 
 
-def slide(
-    model: nn.Module, images: Tensor, crop: tuple[int, int], stride: tuple[int, int]
-) -> Tensor:
-    """Logits (N,C,H,W) of windows of `crop` every `stride` pixels, averaged where they overlap.
+def slide(score: Callable[[Tensor], Tensor], images: Tensor, crop: Size, stride: Size) -> Tensor:
+    """Scores (N,C,H,W) of windows of `crop` every `stride` pixels, averaged where they overlap.
 
     The last window of a row or column is moved back to end at the edge.
     """
@@ -97,14 +132,14 @@ def slide(
         _starts(side, window, step)
         for side, window, step in zip(images.shape[2:], crop, stride, strict=True)
     )
-    total, count = None, images.new_zeros(images.shape[2:])
+    total, count = None, images.new_zeros(images.shape[2:], dtype=torch.int64)
     for top in tops:
         for left in lefts:
             area = np.s_[..., top : top + crop[0], left : left + crop[1]]
-            logits = model(images[area])
+            scores = score(images[area])
             if total is None:
-                total = images.new_zeros((*logits.shape[:2], *images.shape[2:]))
-            total[area] += logits
+                total = scores.new_zeros((*scores.shape[:2], *images.shape[2:]))
+            total[area] += scores
             count[area] += 1
     assert total is not None
     averaged: Tensor = total / count
@@ -120,7 +155,7 @@ def predictions(
     predictor: Predictor, split: Split, indices: list[int], batch_size: int = 1
 ) -> Iterator[tuple[int, Array, Array]]:
     """Index, target and prediction of each of `indices`; up to batch_size of one size at a time."""
-    predictor.model.eval()
+    predictor.network.eval()
     for batch in _batches(split, indices, batch_size):
         pairs = [split[index] for index in batch]
         predicted = predictor.predict([image for image, _ in pairs])
@@ -142,19 +177,6 @@ def _batches(split: Split, indices: list[int], batch_size: int) -> Iterator[list
         batch.append(index)
     if batch:
         yield batch
-
-
-def build_predictor(
-    model: nn.Module,
-    device: torch.device,
-    precision: str,
-    trained: ModelParams,
-    scale: tuple[int, int] | None,
-    evaluation: EvaluationParams,
-) -> Predictor:
-    """A model with the preprocessing it knows, at one scale, unflipped."""
-    window = (evaluation.crop, evaluation.stride) if evaluation.mode == "slide" else None
-    return Predictor(model, device, precision, trained.mean, trained.std, scale, window)
 
 
 def evaluate(

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.models.mmseg import from_mmseg
-from pipeline.params import BackboneParams, main_checkout
+from pipeline.models.weights import backbone_weights, read_file
+from pipeline.params import Fraction, Section, main_checkout, one_of
 
 # Ours -> timm's, where they differ. The published EfficientNet-Lite weights are TensorFlow's, whose
 # padding and normalisation timm keeps under the prefix.
@@ -35,8 +35,45 @@ MIT_DEPTHS = {
     "mit_b4": (3, 8, 27, 3),
     "mit_b5": (3, 6, 40, 3),
 }
+BACKBONES = ("resnet18", "resnet18c", "resnet50c", "resnet101c", "efficientnet_lite0", *MIT_DEPTHS)
 Context = AbstractContextManager[None]
 BLOCKS = (BasicBlock, Block, Bottleneck, DepthwiseSeparableConv, InvertedResidual)
+
+
+class BackboneParams(Section):
+    """The section `model.backbone`: the encoder, by a name of BACKBONES; for smp.* any of its own.
+
+    `output_stride` is how many pixels of the image one of the coarsest features stands for.
+    `pretrained` is imagenet, a file of weights, or null for random ones. `with_cp` computes
+    activations again in the backward pass instead of keeping them: less memory, more time, the same
+    result. `drop_path` is the rate of dropped residual branches, rising to it at the last block.
+    A backbone that is `freeze`d learns nothing and normalises by the statistics that it has.
+    """
+
+    name: str
+    output_stride: Literal[8, 16, 32] = 32
+    pretrained: str | None = None
+    with_cp: bool = False
+    drop_path: Fraction = 0.0
+    freeze: bool = False
+
+    @property
+    def levels(self) -> int:
+        """How many maps of features it gives, each half as large as the one before."""
+        return 4 if self.name in MIT_DEPTHS else 5
+
+    def check(self) -> None:
+        """Refuse a name that is not in BACKBONES, and what a backbone can't do.
+
+        Raises:
+            ValueError: names the key and the rule.
+        """
+        one_of("backbone.name", self.name, BACKBONES)
+        if self.name in MIT_DEPTHS and self.output_stride != 32:
+            raise ValueError(
+                f"backbone.output_stride {self.output_stride}: {self.name} has no dilated form; "
+                "use 32"
+            )
 
 
 def build_backbone(params: BackboneParams) -> tuple[nn.Module, list[int]]:
@@ -59,19 +96,30 @@ def build_backbone(params: BackboneParams) -> tuple[nn.Module, list[int]]:
     if packaged:
         _load(backbone, _efficientnet_lite0_weights())
     elif params.pretrained is not None and not imagenet:
-        _load(backbone, _read_weights(main_checkout() / params.pretrained))
+        _load(backbone, _weights_of_file(main_checkout() / params.pretrained))
     if params.with_cp:
         for module in backbone.modules():
             if isinstance(module, BLOCKS):
                 module.forward = partial(_recompute, module)  # type: ignore[method-assign]
+    if params.freeze:
+        backbone.requires_grad_(False)
+        backbone.train = partial(_stay_in_evaluation, backbone)  # type: ignore[method-assign]
+        backbone.eval()
     return backbone, channels
+
+
+def _stay_in_evaluation(backbone: nn.Module, mode: bool = True) -> nn.Module:
+    """What `train` does to a frozen backbone: nothing in it draws or gathers statistics."""
+    for module in backbone.modules():
+        module.training = False
+    return backbone
 
 
 def _build(params: BackboneParams, pretrained: bool) -> tuple[nn.Module, list[int]]:
     if params.name in MIT_DEPTHS:
         transformer = MixTransformer(params.name, params.drop_path)
         return transformer, transformer.channels
-    try:
+    with _fetching(params.name) if pretrained else nullcontext():
         backbone: Any = timm.create_model(
             TIMM_NAMES.get(params.name, params.name),
             features_only=True,
@@ -81,15 +129,22 @@ def _build(params: BackboneParams, pretrained: bool) -> tuple[nn.Module, list[in
             pretrained=pretrained,
             **OPTIONS.get(params.name, {}),
         )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"model.backbone.pretrained: the ImageNet weights of {params.name} can't be fetched "
-            f"({error}); name a file with them, or null to start from random weights"
-        ) from error
     for block in backbone.modules():
         if isinstance(block, BasicBlock):  # MMSegmentation dilates the first of the two alone
             block.conv2.dilation = block.conv2.padding = (1, 1)
     return backbone, backbone.feature_info.channels()
+
+
+@contextmanager
+def _fetching(name: str) -> Iterator[None]:
+    """Say which weights can't be had, and what to do without them, where a download fails."""
+    try:
+        yield
+    except OSError as error:  # a RuntimeError is one of ours, or of torch
+        raise ValueError(
+            f"model.backbone.pretrained: the ImageNet weights of {name} can't be fetched "
+            f"({error}); name a file with them, or null to start from random weights"
+        ) from error
 
 
 class MixTransformer(PyramidVisionTransformerV2):
@@ -165,26 +220,21 @@ def _efficientnet_lite0_weights() -> dict[str, Tensor]:
         )
     (path,) = Path(spec.origin).parent.glob("models/*.pth")
     reference = timm.create_model(TIMM_NAMES["efficientnet_lite0"]).state_dict()
-    return dict(zip(reference, _read_weights(path).values(), strict=True))
+    return dict(zip(reference, read_file(path).values(), strict=True))
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(
-            f"model.backbone.pretrained: no file {path}; give null, imagenet or a file of weights"
-        )
+def _weights_of_file(path: Path) -> dict[str, Tensor]:
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different kind for each way of being broken
-        raise ValueError(f"model.backbone.pretrained: {path} can't be loaded: {error}") from error
-    return cast("dict[str, Tensor]", weights.get("state_dict", weights))
+        return backbone_weights(path)
+    except ValueError as error:
+        raise ValueError(
+            f"model.backbone.pretrained: {error}; give null, imagenet or a file of weights"
+        ) from error
 
 
 def _load(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load what a feature extractor has of a classifier's weights, timm's or OpenMMLab's."""
     own = backbone.state_dict()
-    given = from_mmseg({f"backbone.{name}": weight for name, weight in weights.items()})
-    weights = {name.removeprefix("backbone."): weight for name, weight in given.items()}
     # The counts of batches, which some files lack, change nothing.
     needed = {name: value for name, value in own.items() if "num_batches_tracked" not in name}
     wrong = [

@@ -1,20 +1,35 @@
 """DeepLabV3: the coarsest features through convolutions of several dilations at once."""
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.models.layers import AveragePool, ConvModule, Head, resize
-from pipeline.params import ModelParams
+from pipeline.models.layers import AveragePool, ConvModule, resize
+from pipeline.models.segmenter import Classifier, HeadParams
+from pipeline.params import Positive
 
 
-class DeepLabV3Head(Head):
+class DeepLabV3Params(HeadParams):
+    """`dilations` are those of the parallel convolutions, all of them `channels` wide."""
+
+    channels: Positive = 512
+    dilations: tuple[Positive, ...] = Field(min_length=1, default=(1, 12, 24, 36))
+
+    @property
+    def pools_to_one(self) -> bool:
+        return True
+
+
+class DeepLabV3Head(Classifier):
     """Atrous spatial pyramid pooling.
 
     Source: https://arxiv.org/abs/1706.05587
     """
 
-    def __init__(self, widths: list[int], num_classes: int, params: ModelParams) -> None:
-        channels, dilations = params.deeplab.channels, params.deeplab.dilations
+    Params = DeepLabV3Params
+
+    def __init__(self, widths: list[int], num_classes: int, params: DeepLabV3Params) -> None:
+        channels, dilations = params.channels, params.dilations
         super().__init__(channels, num_classes, params.dropout)
         self.image_pool = nn.Sequential(AveragePool(1), ConvModule(widths[-1], channels, 1))
         self.aspp_modules = nn.ModuleList(

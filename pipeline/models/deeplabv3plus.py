@@ -3,9 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.deeplabv3 import DeepLabV3Head
+from pipeline.models.deeplabv3 import DeepLabV3Head, DeepLabV3Params
 from pipeline.models.layers import ConvModule, SeparableConvModule, resize
-from pipeline.params import ModelParams
+from pipeline.params import Positive
+
+
+class DeepLabV3PlusParams(DeepLabV3Params):
+    """`low_level_channels` are what the features of stride 4 are reduced to."""
+
+    low_level_channels: Positive = 48
 
 
 class DeepLabV3PlusHead(DeepLabV3Head):
@@ -14,9 +20,12 @@ class DeepLabV3PlusHead(DeepLabV3Head):
     Source: https://arxiv.org/abs/1802.02611
     """
 
-    def __init__(self, widths: list[int], num_classes: int, params: ModelParams) -> None:
+    Params = DeepLabV3PlusParams
+    levels = 4
+
+    def __init__(self, widths: list[int], num_classes: int, params: DeepLabV3PlusParams) -> None:
         super().__init__(widths, num_classes, params)
-        channels, low_level = params.deeplab.channels, params.deeplab.low_level_channels
+        channels, low_level = params.channels, params.low_level_channels
         self.c1_bottleneck = ConvModule(widths[-4], low_level, 1)
         self.sep_bottleneck = nn.Sequential(
             SeparableConvModule(channels + low_level, channels),

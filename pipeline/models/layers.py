@@ -1,44 +1,10 @@
-"""What the heads are made of, and what a network gives back in training."""
+"""What the heads are made of."""
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from pipeline.models.keyed import KeyedDropout
-
-
-class Output(NamedTuple):
-    """Logits to learn from, (N,C,H,W), or (N,C,P) at `points`, (N,P,2) x and y in [0,1)."""
-
-    logits: Tensor
-    points: Tensor | None = None
-    weight: float = 1.0  # of its loss
-
-
-class Head(nn.Module):
-    """Features -> logits: what a head computes goes through dropout and a 1x1 convolution.
-
-    Attributes carry the names of MMSegmentation's modules, so that its checkpoints fit; so does
-    what weights start from: https://github.com/open-mmlab/mmsegmentation
-    """
-
-    def __init__(self, channels: int, num_classes: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout = KeyedDropout(dropout, axes=1)
-        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.bias)  # type: ignore[arg-type]
-
-    def forward(self, features: list[Tensor]) -> list[Output]:
-        """The image and features from fine to coarse, (N,K,H,W) -> one output, of any size."""
-        return [Output(self.conv_seg(self.dropout(self.decode(features))))]
-
-    def decode(self, features: list[Tensor]) -> Tensor:
-        """The same features -> what the classes are read from, (N,channels,h,w)."""
-        raise NotImplementedError
 
 
 class ConvModule(nn.Sequential):
@@ -101,11 +67,6 @@ class PyramidPooling(nn.ModuleList):
     def forward(self, x: Tensor) -> Tensor:
         """(N,K,H,W) -> (N, K + channels * len(scales), H, W)."""
         return torch.cat([x, *(resize(pool(x), x.shape[2:]) for pool in self)], dim=1)
-
-
-def whole(logits: Tensor, size: torch.Size) -> Tensor:
-    """Logits at the size of the image, at least fp32: rounded to bf16, classes would tie."""
-    return resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), size)
 
 
 def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:

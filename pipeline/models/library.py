@@ -1,77 +1,113 @@
 """The networks of segmentation_models_pytorch, https://smp.readthedocs.io, under our contract."""
 
 import copy
-import difflib
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from pipeline.models.keyed import key_random_layers
-from pipeline.models.layers import AveragePool, Output
-from pipeline.params import LIBRARY, ModelParams
+from pipeline.models.backbones import BackboneParams
+from pipeline.models.layers import AveragePool
+from pipeline.models.losses import LossParams
+from pipeline.models.network import Labels
+from pipeline.models.segmenter import MapNetwork, Output
+from pipeline.params import Named, nearest
 
-STRIDE = 32  # what most of its networks need an image's sides to be multiples of
+LIBRARY = "smp."  # what the names of its networks begin with here
 
 
-class LibraryModel(nn.Module):
-    """A network of the library under the contract of ours, for images of any size."""
+class LibraryModel(MapNetwork):
+    """A network of the library, `smp.<Architecture>`, for images of any size."""
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
+    Params: ClassVar[type[Named]] = Named
+    multiple = 32  # what most of its networks need an image's sides to be multiples of
+
+    def __init__(self, network: nn.Module, loss: LossParams | None, labels: Labels) -> None:
+        super().__init__(loss, labels)
         self.network = network
-        self.keyed = key_random_layers(network)
+        self.finish()
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> nn.Module:  # type: ignore[override]
         """The library's encoder."""
         encoder: nn.Module = self.network.encoder  # type: ignore[assignment]
         return encoder
 
-    def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor | list[Output]:
-        """Normalised images (N,3,H,W) -> logits (N,C,H,W); in training one output with them.
+    def outputs(self, images: Tensor) -> list[Output]:
+        return [Output(self.network(images))]
 
-        Images are padded at the bottom and the right by zeros, the normalised mean.
+    @staticmethod
+    def check(head: Named, backbone: BackboneParams, loss: LossParams | None) -> None:
+        """Refuse what only our own backbones have.
+
+        Raises:
+            ValueError: names the keys.
         """
-        for layer in self.keyed:
-            layer.keys = keys
-        height, width = images.shape[2:]
-        padded = F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE))
-        logits: Tensor = self.network(padded)[:, :, :height, :width]
-        return [Output(logits)] if self.training else logits
+        own = backbone.model_fields_set - {"name", "pretrained"}
+        changed = [
+            f"backbone.{key}"
+            for key in sorted(own)
+            if getattr(backbone, key) != BackboneParams.model_fields[key].default
+        ]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)}: a network of {LIBRARY}* has its own; leave them out"
+            )
+
+    @classmethod
+    def check_batch(cls, head: Named, microbatch: int, crop_size: tuple[int, int]) -> None:
+        """Refuse crops that would be padded in training.
+
+        Raises:
+            ValueError: names the parameter and the nearest size.
+        """
+        if any(side % cls.multiple for side in crop_size):
+            nearest_sides = [max(32, round(side / 32) * 32) for side in crop_size]
+            raise ValueError(
+                f"augmentation.crop_size {list(crop_size)}: {head.name} is trained on sides that "
+                f"{cls.multiple} divides; use {nearest_sides}"
+            )
+
+    @classmethod
+    def build(
+        cls, head: Named, backbone: BackboneParams, loss: LossParams | None, labels: Labels
+    ) -> "LibraryModel":
+        """The architecture that `head.name` says, with the encoder `backbone.name`.
+
+        Raises:
+            ValueError: the library has no such architecture or encoder, or lacks its weights.
+        """
+        network = build_network(head.name, backbone, labels.num_classes)
+        model = cls(network, loss, labels)
+        _try_out(model, f"model: {head.name} with the encoder {backbone.name}")
+        return model
 
 
-def build_library_model(model: ModelParams, num_classes: int) -> LibraryModel:
-    """`smp.<Architecture>` with the encoder `model.backbone.name`.
-
-    Raises:
-        ValueError: the library has no such architecture or encoder, or lacks its weights.
-    """
+def build_network(name: str, backbone: BackboneParams, num_classes: int) -> nn.Module:
+    """The library's network as it is, but for pooling, which becomes deterministic on a GPU."""
     import segmentation_models_pytorch as smp
 
     architectures = {one.__name__: one for one in smp.MODEL_ARCHITECTURES_MAPPING.values()}
-    name, encoder = model.name.removeprefix(LIBRARY), model.backbone.name
-    if name not in architectures:
-        (close,) = difflib.get_close_matches(name, architectures, n=1, cutoff=0)
+    architecture, encoder = name.removeprefix(LIBRARY), backbone.name
+    if architecture not in architectures:
         raise ValueError(
-            f"model.name: segmentation_models_pytorch has no {name}; did you mean "
-            f"{LIBRARY}{close}? It has {', '.join(sorted(architectures))}"
+            f"model.head.name: segmentation_models_pytorch has no {architecture}; did you mean "
+            f"{LIBRARY}{nearest(architecture, architectures)}? It has "
+            f"{', '.join(sorted(architectures))}"
         )
     try:
-        network = architectures[name](
-            encoder, encoder_weights=model.backbone.pretrained, classes=num_classes
+        network: nn.Module = architectures[architecture](
+            encoder, encoder_weights=backbone.pretrained, classes=num_classes
         )
     except (KeyError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"model: {model.name} with the encoder {encoder}: {error}") from error
+        raise ValueError(f"model: {name} with the encoder {encoder}: {error}") from error
     for parent in list(network.modules()):
-        for name, child in parent.named_children():
+        for own, child in parent.named_children():
             if isinstance(child, nn.AdaptiveAvgPool2d):
                 match child.output_size:
                     case int(bins) | (int(bins), _):  # it pools to squares
-                        setattr(parent, name, AveragePool(bins))  # deterministic: see average_pool
-    whole = LibraryModel(network)
-    _try_out(whole, f"model: {model.name} with the encoder {encoder}")
-    return whole
+                        setattr(parent, own, AveragePool(bins))
+    return network
 
 
 def _try_out(model: LibraryModel, what: str) -> None:

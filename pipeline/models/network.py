@@ -62,7 +62,7 @@ class Network(nn.Module, ABC):
         Tensors, or tuples, lists and dicts of tensors, and no gradient hangs on anything else.
         """
 
-    def advance(self, done: float) -> None:  # noqa: B027  (most networks have nothing to do here)
+    def advance(self, done: float) -> None:
         """Hear, before each step, which share of the training's iterations is done, 0 <= done < 1.
 
         A network whose function changes during training overrides this; what changes must lie in a

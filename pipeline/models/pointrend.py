@@ -6,25 +6,45 @@ Source: https://arxiv.org/abs/1912.08193
 from typing import cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.models.keyed import Keyed
-from pipeline.models.layers import Output, resize
-from pipeline.models.semantic_fpn import CHANNELS, SemanticFPNHead
-from pipeline.params import ModelParams, PointRendParams
+from pipeline.models.layers import resize
+from pipeline.models.segmenter import Head, Output
+from pipeline.models.semantic_fpn import CHANNELS, FPN, SemanticFPNHead, SemanticFPNParams
+from pipeline.params import Fraction, Positive, Probability
 
 
-class PointRendHead(nn.ModuleList):
+class PointRendParams(SemanticFPNParams):
+    """The coarse head is Semantic FPN's, `channels` wide; the point head has `point_channels`.
+
+    In training `train_points` of an image are learned from: of `oversample_ratio` times as many
+    candidates the share `importance_ratio` is chosen for being uncertain. In evaluation each of
+    `subdivision_steps` doubles the map's size and looks at `subdivision_points` anew.
+    """
+
+    dropout: Fraction = 0.0
+    point_channels: Positive = 256
+    train_points: Positive = 2048
+    oversample_ratio: float = Field(ge=1, default=3)
+    importance_ratio: Probability = 0.75
+    subdivision_steps: int = Field(ge=0, default=2)
+    subdivision_points: Positive = 8196
+
+
+class PointRendHead(Head, nn.ModuleList):
     """The coarse head, then the point head."""
 
-    def __init__(self, widths: list[int], num_classes: int, params: ModelParams) -> None:
+    Params = PointRendParams
+    levels = 4
+    neck = FPN
+
+    def __init__(self, widths: list[int], num_classes: int, params: PointRendParams) -> None:
         super().__init__(
-            [
-                SemanticFPNHead(widths, num_classes, params),
-                PointHead(num_classes, params.pointrend),
-            ]
+            [SemanticFPNHead(widths, num_classes, params), PointHead(num_classes, params)]
         )
-        self.params = params.pointrend
+        self.params = params
 
     def forward(self, features: list[Tensor]) -> list[Output]:
         """The four levels of the pyramid -> in training the coarse map at stride 4 and the points.
@@ -35,7 +55,8 @@ class PointRendHead(nn.ModuleList):
         (coarse,) = self[0](features)
         if self.training:
             points = point_head.draw(coarse.logits)
-            return [coarse, Output(point_head(features[0], coarse.logits, points), points)]
+            logits = point_head(features[0], coarse.logits, points)
+            return [coarse, Output(logits, points, name="points_")]
         return [Output(self._refine(features[0], coarse.logits))]
 
     def _refine(self, fine: Tensor, coarse: Tensor) -> Tensor:

@@ -1,19 +1,34 @@
 """Pyramid scene parsing."""
 
+from pydantic import Field
 from torch import Tensor
 
-from pipeline.models.layers import ConvModule, Head, PyramidPooling
-from pipeline.params import ModelParams
+from pipeline.models.layers import ConvModule, PyramidPooling
+from pipeline.models.segmenter import Classifier, HeadParams
+from pipeline.params import Positive
 
 
-class PSPHead(Head):
+class PyramidParams(HeadParams):
+    """`pool_scales` are the sides of the pooled maps in pixels, each `channels` wide."""
+
+    channels: Positive = 512
+    pool_scales: tuple[Positive, ...] = Field(min_length=1, default=(1, 2, 3, 6))
+
+    @property
+    def pools_to_one(self) -> bool:
+        return 1 in self.pool_scales
+
+
+class PSPHead(Classifier):
     """The coarsest features, pooled at several scales.
 
     Source: https://arxiv.org/abs/1612.01105
     """
 
-    def __init__(self, widths: list[int], num_classes: int, params: ModelParams) -> None:
-        channels, scales = params.pspnet.channels, params.pspnet.pool_scales
+    Params = PyramidParams
+
+    def __init__(self, widths: list[int], num_classes: int, params: PyramidParams) -> None:
+        channels, scales = params.channels, params.pool_scales
         super().__init__(channels, num_classes, params.dropout)
         self.psp_modules = PyramidPooling(widths[-1], channels, scales)
         self.bottleneck = ConvModule(widths[-1] + len(scales) * channels, channels, 3)

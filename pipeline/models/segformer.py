@@ -3,18 +3,29 @@
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.layers import ConvModule, Head, resize
-from pipeline.params import ModelParams
+from pipeline.models.layers import ConvModule, resize
+from pipeline.models.segmenter import Classifier, HeadParams
+from pipeline.params import AtLeast0, Positive
 
 
-class SegFormerHead(Head):
+class SegFormerParams(HeadParams):
+    """`channels` are those of each level and of the joined ones."""
+
+    aux_weight: AtLeast0 = 0.0
+    channels: Positive = 256
+
+
+class SegFormerHead(Classifier):
     """Features of stride 4 to 32, each to as many channels, joined at stride 4.
 
     Source: https://arxiv.org/abs/2105.15203
     """
 
-    def __init__(self, widths: list[int], num_classes: int, params: ModelParams) -> None:
-        channels = params.segformer.channels
+    Params = SegFormerParams
+    levels = 4
+
+    def __init__(self, widths: list[int], num_classes: int, params: SegFormerParams) -> None:
+        channels = params.channels
         super().__init__(channels, num_classes, params.dropout)
         self.convs = nn.ModuleList(ConvModule(width, channels, 1) for width in widths[-4:])
         self.fusion_conv = ConvModule(4 * channels, channels, 1)

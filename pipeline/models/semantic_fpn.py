@@ -3,10 +3,18 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.layers import ConvModule, Head, resize
-from pipeline.params import ModelParams
+from pipeline.models.layers import ConvModule, resize
+from pipeline.models.segmenter import Classifier, HeadParams
+from pipeline.params import AtLeast0, Positive
 
 CHANNELS = 256  # of every level of the pyramid
+
+
+class SemanticFPNParams(HeadParams):
+    """`channels` are those of the summed levels."""
+
+    aux_weight: AtLeast0 = 0.0
+    channels: Positive = 128
 
 
 class PlainConv(nn.Sequential):
@@ -48,14 +56,18 @@ class Upsample(nn.Module):
         return resize(x, (2 * x.shape[2], 2 * x.shape[3]))
 
 
-class SemanticFPNHead(Head):
+class SemanticFPNHead(Classifier):
     """Every level convolved and doubled in size until it has stride 4, then their sum.
 
     Source: https://arxiv.org/abs/1901.02446
     """
 
-    def __init__(self, widths: list[int], num_classes: int, params: ModelParams) -> None:
-        channels = params.semantic_fpn.channels
+    Params = SemanticFPNParams
+    levels = 4
+    neck = FPN
+
+    def __init__(self, widths: list[int], num_classes: int, params: SemanticFPNParams) -> None:
+        channels = params.channels
         super().__init__(channels, num_classes, params.dropout)
         self.scale_heads = nn.ModuleList(_scale_head(channels, level) for level in range(4))
 

@@ -5,20 +5,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.models.keyed import KeyedDropout
-from pipeline.models.layers import Output
-from pipeline.params import ModelParams
+from pipeline.models.segmenter import Head, HeadParams, Output
+from pipeline.params import AtLeast0, Fraction, Positive
 
 
-class UNetHead(nn.Module):
+class UNetParams(HeadParams):
+    """`channels` go from the coarsest of the five stages to the finest."""
+
+    dropout: Fraction = 0.0
+    aux_weight: AtLeast0 = 0.0
+    channels: tuple[Positive, Positive, Positive, Positive, Positive] = (256, 128, 64, 32, 16)
+
+
+class UNetHead(Head):
     """Up by two, beside the finer features, through two convolutions, again.
 
     It ends at the full size: the image itself passes one convolution to be the last skip.
     Source: https://arxiv.org/abs/1505.04597
     """
 
-    def __init__(self, widths: list[int], num_classes: int, params: ModelParams) -> None:
+    Params = UNetParams
+    levels = 5
+
+    def __init__(self, widths: list[int], num_classes: int, params: UNetParams) -> None:
         super().__init__()
-        channels = params.unet.channels
+        channels = params.channels
         skips = [channels[-1], *widths[1:-1]]
         self.stem = conv_bn_relu(widths[0], skips[0])
         incoming = [widths[-1], *channels[:-1]]

@@ -3,18 +3,22 @@
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.layers import ConvModule, Head, PyramidPooling, resize
-from pipeline.params import ModelParams
+from pipeline.models.layers import ConvModule, PyramidPooling, resize
+from pipeline.models.pspnet import PyramidParams
+from pipeline.models.segmenter import Classifier
 
 
-class UPerHead(Head):
+class UPerHead(Classifier):
     """A feature pyramid whose top is pooled at several scales, all levels joined at stride 4.
 
     Source: https://arxiv.org/abs/1807.10221
     """
 
-    def __init__(self, widths: list[int], num_classes: int, params: ModelParams) -> None:
-        channels, scales = params.upernet.channels, params.upernet.pool_scales
+    Params = PyramidParams
+    levels = 4
+
+    def __init__(self, widths: list[int], num_classes: int, params: PyramidParams) -> None:
+        channels, scales = params.channels, params.pool_scales
         super().__init__(channels, num_classes, params.dropout)
         self.psp_modules = PyramidPooling(widths[-1], channels, scales)
         self.bottleneck = ConvModule(widths[-1] + len(scales) * channels, channels, 3)

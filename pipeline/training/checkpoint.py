@@ -1,37 +1,66 @@
 """Checkpoints: what they hold, and how they get to disk whole or not at all."""
 
 import logging
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.training.foreign import foreign_classes, foreign_weights, read_safely
+from pipeline.disk import FORMAT, check_format, write_atomically
+from pipeline.models.weights import OWN, classes_of, read_file, weights_of
 
 log = logging.getLogger("instep")
 
-Checkpoint = dict[str, Any]
-OWN = {"model", "optimizer", "iteration", "best", "params"}  # by these a file is one of ours
 AUXILIARY = "auxiliary_head."
 
 
+class Best(TypedDict):
+    """Which validation had the highest mean IoU so far."""
+
+    iteration: int
+    mean_iou: float
+
+
+class Description(TypedDict):
+    """What a checkpoint says of itself: enough to use its weights without this repository.
+
+    `params` are the parameters that change the result, by the sections of params.yaml.
+    """
+
+    classes: Sequence[str]
+    palette: Sequence[Sequence[int]]
+    ignore_index: int
+    frequency: Sequence[float]
+    params: dict[str, Any]
+
+
+class Checkpoint(Description):
+    """All that a training goes on from, after `iteration` optimizer steps.
+
+    `ema` is the moving average of the weights, `scaler` the state of the gradient scaler.
+    """
+
+    format: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    iteration: int
+    best: Best | None
+    scaler: NotRequired[dict[str, Any]]
+    ema: NotRequired[dict[str, Tensor]]
+
+
 def build_checkpoint(
-    model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, meta: dict[str, Any]
+    states: dict[str, Any], iteration: int, best: Best | None, description: Description
 ) -> Checkpoint:
-    """Model, optimizer, the number of iterations done, and `meta`: tensors and plain data.
+    """A checkpoint of `states`, the learner's, on the CPU.
 
     Nothing in it differs between two equal runs, so equal runs have equal files.
     """
-    parts = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "iteration": iteration,
-    }
-    return {**_canonical(parts), **_canonical(meta)}
+    meta = {"format": FORMAT, "iteration": iteration, "best": best}
+    return cast("Checkpoint", _canonical(states) | _canonical(meta | dict(description)))
 
 
 def _canonical(value: Any) -> Any:
@@ -49,64 +78,26 @@ def _canonical(value: Any) -> Any:
             return value
 
 
-def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, then put it in place.
-
-    A kill at any moment leaves the old file or the new one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint atomically."""
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
-
-
-def load_file(path: Path) -> dict[str, Any]:
-    """Read tensors and plain data on the CPU, without running anything that may be in the file.
-
-    Raises:
-        ValueError: the file is missing, broken, or holds what could run.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint")
-    content = read_safely(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
-    return content
+def save(content: Any, path: Path) -> None:
+    """Write a checkpoint, or what holds one, atomically."""
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of this tool.
 
     Raises:
-        ValueError: the file is missing, broken or no such checkpoint.
+        ValueError: the file is missing, broken, no such checkpoint or one of another version.
     """
-    checkpoint = load_file(path)
+    checkpoint = read_file(path)
     missing = OWN - checkpoint.keys()
     if missing:
         raise ValueError(
             f"{path}: not a checkpoint of this tool: no {', '.join(sorted(missing))}; the weights "
             "of another tool can be started from by train.load_from, not gone on with"
         )
-    return checkpoint
-
-
-def averaged(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The moving average of the weights, if the checkpoint has one, or else the weights."""
-    weights: dict[str, Tensor] = checkpoint["ema" if "ema" in checkpoint else "model"]
-    return weights
+    check_format(checkpoint, path, "take its weights alone, by train.load_from")
+    return cast("Checkpoint", checkpoint)
 
 
 def load_weights(
@@ -121,11 +112,8 @@ def load_weights(
         ValueError: the file can't be read, or lists the weights that are missing, unknown or of
             another shape; if not `strict`, only where no weight fits.
     """
-    content = load_file(path)
-    if content.keys() >= OWN:
-        weights, theirs = averaged(content), content.get("classes") or []
-    else:
-        weights, theirs = foreign_weights(content, path), foreign_classes(content)
+    content = read_file(path)
+    weights, theirs = weights_of(content, path), classes_of(content)
     source = str(path)
     if classes and theirs and len(theirs) != len(classes):
         source += f", of {len(theirs)} classes instead of {len(classes)},"

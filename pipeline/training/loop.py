@@ -2,30 +2,39 @@
 
 import logging
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from pipeline import distributed
-from pipeline.data.loader import RankBatches, Samples, build_loader, rare_class_shares
-from pipeline.data.store import Store
-from pipeline.data.transforms import DTYPES, autocast, fill_of, normalize
-from pipeline.evaluation.inference import build_predictor, evaluate
+from pipeline.data.loader import RankBatches, Samples, build_loader
+from pipeline.data.store import Split
+from pipeline.disk import FORMAT
+from pipeline.evaluation.inference import Predictor, evaluate
 from pipeline.evaluation.metrics import summarize
-from pipeline.models.layers import Output
-from pipeline.params import Params, TrainParams, flatten
-from pipeline.training.checkpoint import build_checkpoint
-from pipeline.training.losses import Criterion, labels_at
-from pipeline.training.optimization import Learner, learning_rate
-from pipeline.training.state import State, result_params
+from pipeline.params import flatten
+from pipeline.training.checkpoint import Best, Description, build_checkpoint
+from pipeline.training.optimization import Learner
+from pipeline.training.params import TrainParams
+from pipeline.training.speed import Stopwatch
+from pipeline.training.state import Entry, Means, Saved, State
 
 log = logging.getLogger("instep")
+
+Batch = tuple[Tensor, Tensor, Tensor]  # images, targets, keys: see train_step
+
+
+class Intervals(NamedTuple):
+    """Iterations between two points of the curves, two validations, two saved states."""
+
+    log: int
+    validate: int
+    save: int
 
 
 @dataclass
@@ -33,200 +42,161 @@ class Progress:
     """All that changes while a training runs, besides the learner's tensors.
 
     `history` holds the curves, {"iteration": i, "train/loss": ..., ...} in the order of the
-    iterations; timings stand under `time/` and are no part of the result.
+    iterations; timings stand under `time/` and are no part of the result. `means` holds what the
+    next point of the training curves is the mean of.
     """
 
     iteration: int = 0
-    best: dict[str, Any] | None = None  # {"iteration": i, "mean_iou": score}
-    history: list[dict[str, Any]] = field(default_factory=list)
+    best: Best | None = None
+    history: list[Entry] = field(default_factory=list)
+    means: Means = field(default_factory=lambda: Means(since=0, sums={}))
 
 
 def train(
-    params: Params,
-    store: Store,
     learner: Learner,
     progress: Progress,
-    device: torch.device,
+    *,
+    samples: Samples,
+    validation: Split,
+    predictor: Predictor,
+    options: TrainParams,
+    intervals: Intervals,
     state: State,
-    track: Callable[[dict[str, Any]], None],
+    description: Description,
+    track: Callable[[Entry], None],
 ) -> None:
-    """Train from progress.iteration to train.iterations; leave the last checkpoint in `state`.
+    """Train from progress.iteration to the end; leave the last checkpoint in `state`.
 
-    `track` takes each new entry of the history, and must not hold up the loop.
+    `predictor` measures the learner's network on the split `validation`; `description` is what
+    checkpoints say of themselves. `track` takes each new entry of the history, and must not hold up
+    the loop.
     """
-    options = params.train
-    world_size, main = distributed.world_size(), distributed.rank() == 0
-    rare = options.rare_class_temperature
-    samples = Samples(
-        store.split("train"),
-        params.augmentation,
-        fill_of(params.model),
-        store.ignore_index,
-        options.seed,
-        rare_class_shares(store.pixels, rare) if rare else None,
+    device, main = learner.device, distributed.rank() == 0
+    batches = RankBatches(
+        (options.batch_size, options.accumulation),
+        (progress.iteration, options.total),
+        distributed.rank(),
+        distributed.world_size(),
     )
-    batches = RankBatches(options, progress.iteration, distributed.rank(), world_size)
     loader = build_loader(samples, batches, options.workers, device.type == "cuda")
-    validation = store.split("val")
-    predictor = build_predictor(
-        learner.measured(),
-        device,
-        options.precision,
-        params.model,
-        params.augmentation.scale,
-        params.evaluation,
-    )
-    meta = describe(params, store)
-    criterion = Criterion(options.loss, store.frequency, store.ignore_index, device)
-    parallel = distributed.parallelize(learner.model, device).train()
-
-    bar = tqdm(
-        total=options.iterations,
-        initial=progress.iteration,
-        desc="train",
-        unit="it",
-        disable=not (main and sys.stderr.isatty()),
-    )
-    began = waiting = time.perf_counter()
-    waited, since = 0.0, progress.iteration
-    for images, targets, keys in loader:
-        waited += time.perf_counter() - waiting
-        lr = learning_rate(options, progress.iteration)
-        for group in learner.optimizer.param_groups:
-            group["lr"] = learning_rate(options, progress.iteration, group["lr_mult"])
-        loss = train_step(parallel, learner, criterion, (images, targets, keys), params, device)
+    ends = (options.iterations, options.total)
+    recent: dict[str, Tensor] = {}
+    watch = Stopwatch(device, options.batch_size)
+    show = not (main and sys.stderr.isatty())
+    bar = tqdm(total=options.total, initial=progress.iteration, desc="train", disable=show)
+    learner.model.train()
+    for batch in loader:
+        watch.fetched()
+        learner.network.advance(progress.iteration / options.horizon(progress.iteration))
+        lr = learner.set_learning_rate(options, progress.iteration)
+        for name, term in train_step(learner, batch, options.accumulation).items():
+            recent[name] = recent.get(name, 0) + term
         progress.iteration += 1
         bar.update()
 
-        last = progress.iteration == options.iterations
-        entry: dict[str, Any] = {"iteration": progress.iteration}
-        if last or progress.iteration % params.tracking.log_interval == 0:
-            elapsed, steps = time.perf_counter() - began, progress.iteration - since
-            entry |= {
-                "train/loss": distributed.sum_over_ranks(loss).item(),
-                "train/lr": lr,
-                "time/images_per_second": steps * options.batch_size / elapsed,
-                "time/data_wait_share": waited / elapsed,
-                "time/memory_gib": memory_gib(device),
-            }
-            bar.set_postfix_str(_line(entry, ", "))
-            began, waited, since = time.perf_counter(), 0.0, progress.iteration
-
-        validate = options.validation and (
-            last or progress.iteration % params.evaluation.interval == 0
-        )
+        ended = progress.iteration in ends
+        logged = ended or progress.iteration % intervals.log == 0
+        validated = options.validation and (ended or progress.iteration % intervals.validate == 0)
+        saved = ended or validated or progress.iteration % intervals.save == 0
+        entry: Entry = {"iteration": progress.iteration}
+        if logged or saved:
+            add_up(progress.means, recent)
+        if logged:
+            entry |= point(progress) | {"train/lr": lr} | watch.read()
+            bar.set_postfix_str(line(entry, ", "))
         improved = False
-        if validate:
-            pause = time.perf_counter()
-            confusion, *_ = evaluate(predictor, validation, len(store.classes), store.ignore_index)
-            parallel.train()
-            scores = summarize(confusion, store.classes)
-            entry |= {f"val/{name}": value for name, value in flatten(scores).items()}
-            improved = progress.best is None or scores["mean_iou"] > progress.best["mean_iou"]
+        if validated:
+            watch.pause()
+            scores = validate(predictor, validation, description)
+            learner.model.train()
+            watch.go_on()
+            entry |= scores
+            improved = progress.best is None or scores["val/mean_iou"] > progress.best["mean_iou"]
             if improved:
-                progress.best = {
-                    "iteration": progress.iteration,
-                    "mean_iou": scores["mean_iou"],
-                }
-            began += time.perf_counter() - pause
-
-        if len(entry) > 1 and main:
+                progress.best = Best(iteration=progress.iteration, mean_iou=scores["val/mean_iou"])
+        if (logged or validated) and main:
             progress.history.append(entry)
             track(entry)
-            log.info("%s", _line(entry, "  "))
-        if main and (last or validate or progress.iteration % options.checkpoint.interval == 0):
-            checkpoint = build_checkpoint(
-                learner.model,
-                learner.optimizer,
-                progress.iteration,
-                meta | {"best": progress.best} | learner.states(),
-            )
-            if improved:
-                state.save_best(checkpoint)
-            state.save(checkpoint, progress.history)
-        waiting = time.perf_counter()
-    if main and options.iterations == 0:  # the weights as they were loaded
-        state.save(build_checkpoint(learner.model, learner.optimizer, 0, meta | {"best": None}), [])
+            log.info("%s", line(entry, "  "))
+        if saved and main:
+            keep(learner, progress, state, description, improved)
+        watch.waiting()
+    if main and options.total == 0:  # the weights as they were loaded
+        keep(learner, progress, state, description, improved=False)
     bar.close()
 
 
-def train_step(
-    model: nn.Module,
-    learner: Learner,
-    criterion: Criterion,
-    batch: tuple[Tensor, Tensor, Tensor],
-    params: Params,
-    device: torch.device,
-) -> Tensor:
-    """One optimizer step on this rank's share of the batch; returns its share of the loss.
+def train_step(learner: Learner, batch: Batch, accumulation: int) -> dict[str, Tensor]:
+    """One optimizer step on this rank's share of the batch; returns its share of each loss term.
 
-    `model` is the learner's, in parallel. The batch is images (n,3,h,w) uint8, targets (n,h,w)
-    uint8, keys (n,) int64: the microbatches, one after another. The loss is the sum of the
-    criterion of each of the model's outputs, by their weights.
+    The batch is images (n,3,h,w) uint8, targets (n,h,w) uint8, keys (n,) int64: the microbatches,
+    `accumulation` of them, one after another. The terms are fp64 scalars on the device.
     """
-    options = params.train
+    network, device = learner.network, learner.device
     images, targets, keys = (part.to(device, non_blocking=True) for part in batch)
-    divisors = distributed.sum_over_ranks(criterion.count(targets))
-    divisors += divisors == 0  # no valid pixel: a loss of 0 / 1
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    parts = zip(*(part.chunk(options.accumulation) for part in (images, targets, keys)))
+    divisors = distributed.sum_over_ranks(network.count(targets))
+    divisors += divisors == 0  # nothing to learn from: a loss of 0 / 1
+    terms: dict[str, Tensor] = {}
+    parts = zip(*(part.chunk(accumulation) for part in (images, targets, keys)))
     for number, (image, target, key) in enumerate(parts, start=1):
-        last = number == options.accumulation
-        with nullcontext() if last else distributed.accumulating(model):
-            inputs = normalize(
-                image, params.model.mean, params.model.std, DTYPES[options.precision]
-            )
-            with autocast(device, options.precision):
-                outputs = model(inputs, key)
-            losses = [_loss(criterion, output, target, divisors, options) for output in outputs]
-            part = torch.stack(losses).sum()
-            torch.autograd.backward(learner.scaler.scale(part))
-        loss += part.detach()
-    learner.scaler.unscale_(learner.optimizer)
-    if options.clip_grad_norm is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad_norm)
-    learner.scaler.step(learner.optimizer)  # not where fp16 has overflowed
-    learner.scaler.update()
-    learner.optimizer.zero_grad()
-    if learner.average is not None:
-        learner.average.update_parameters(learner.model)
-    return loss
+        last = number == accumulation
+        with nullcontext() if last else distributed.accumulating(learner.model):
+            inputs = learner.normalize(image)
+            with learner.precision.autocast(device):
+                outputs = learner.model(inputs, key)
+            losses = network.losses(outputs, target, key, divisors)
+            torch.autograd.backward(learner.scaler.scale(torch.stack([*losses.values()]).sum()))
+        for name, loss in losses.items():
+            terms[name] = terms.get(name, 0) + loss.detach()
+    learner.step()
+    return terms
 
 
-def _loss(
-    criterion: Criterion, output: Output, target: Tensor, divisors: Tensor, options: TrainParams
-) -> Tensor:
-    """An output's part in the loss of the global batch, by its weight."""
-    if output.points is None:
-        return output.weight * criterion(output.logits, target, divisors)
-    labels = labels_at(target, output.points)
-    points = options.batch_size * labels.shape[1]  # as many in every image, labelled or not
-    counts = divisors.new_tensor([points, points, options.batch_size])
-    return output.weight * criterion(output.logits, labels, counts)
+def add_up(means: Means, recent: dict[str, Tensor]) -> None:
+    """Move the sums of recent steps, of all ranks, into `means`.
+
+    Before every saved state, too: so that the order of the additions, and with it the last bit of a
+    mean, does not tell whether a training was interrupted there.
+    """
+    totals = distributed.sum_over_ranks(torch.stack([*recent.values()])).tolist()
+    for name, total in zip(recent, totals, strict=True):
+        means["sums"][name] = means["sums"].get(name, 0.0) + total
+    recent.clear()
 
 
-def describe(params: Params, store: Store) -> dict[str, Any]:
-    """What a checkpoint says of itself: enough to use its weights without this repository."""
-    return {
-        "classes": store.classes,
-        "palette": store.palette,
-        "ignore_index": store.ignore_index,
-        "params": result_params(params),
-    }
+def point(progress: Progress) -> Entry:
+    """The mean of each term of the loss since the last point, and of their sum; starts anew."""
+    steps = progress.iteration - progress.means["since"]
+    terms = {name: total / steps for name, total in progress.means["sums"].items()}
+    progress.means = Means(since=progress.iteration, sums={})
+    named = {f"train/loss/{name}": value for name, value in terms.items()}
+    return {"train/loss": sum(terms.values())} | named
 
 
-def memory_gib(device: torch.device) -> float:
-    """Peak memory of this process: of the GPU, or resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+def validate(predictor: Predictor, split: Split, labels: Description) -> Entry:
+    """The scores on a split, for the history."""
+    classes, ignore_index = labels["classes"], labels["ignore_index"]
+    confusion, *_ = evaluate(predictor, split, len(classes), ignore_index)
+    scores = flatten(summarize(confusion, classes))
+    return {f"val/{name}": value for name, value in scores.items()}
 
 
-def _line(entry: dict[str, Any], separator: str) -> str:
-    """The entry for a reader: without the scores of single classes."""
-    known = {name: value for name, value in entry.items() if "." not in name and value is not None}
-    texts = {n: str(v) if isinstance(v, int) else f"{v:.5g}" for n, v in known.items()}
-    return separator.join(f"{name.split('/')[-1]} {text}" for name, text in texts.items())
+def keep(
+    learner: Learner, progress: Progress, state: State, description: Description, improved: bool
+) -> None:
+    """Save what a killed training goes on from, and the best checkpoint where this is it."""
+    checkpoint = build_checkpoint(learner.states(), progress.iteration, progress.best, description)
+    if improved:
+        state.save_best(checkpoint)
+    history, means = progress.history, progress.means
+    state.save(Saved(format=FORMAT, checkpoint=checkpoint, history=history, means=means))
+
+
+def line(entry: Entry, separator: str) -> str:
+    """The entry for a reader: without the terms of the loss and the scores of single classes."""
+    texts = []
+    for name, value in entry.items():
+        short = name.partition("/")[2] or name
+        if value is not None and "." not in short and "/" not in short:
+            texts.append(f"{short} {value}" if isinstance(value, int) else f"{short} {value:.5g}")
+    return separator.join(texts)

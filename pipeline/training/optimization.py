@@ -9,33 +9,69 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pipeline.params import TrainParams
+from pipeline.models.network import Network
+from pipeline.precision import PRECISIONS, Normalization, Precision
 from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.params import TrainParams
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
 class Learner:
-    """All tensors that change while a training runs.
+    """A network with all that trains it: all tensors that change while a training runs.
 
+    `model` is what a step calls: the network, on several processes in what shares its gradients.
     `scaler` does nothing unless train.precision is fp16. `average` holds the moving average of the
-    weights, beside the model's own statistics of batch normalisation; None without
+    weights, beside the network's own statistics of batch normalisation; None without
     train.ema_decay.
     """
 
     model: nn.Module
+    network: Network
+    normalize: Normalization
+    precision: Precision
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: AveragedModel | None
+    clip_grad_norm: float | None
 
-    def measured(self) -> nn.Module:
+    @property
+    def device(self) -> torch.device:
+        """Where the network learns."""
+        return self.normalize.mean.device
+
+    def measured(self) -> Network:
         """The network that validation is to measure."""
-        return self.model if self.average is None else self.average.module
+        if self.average is None:
+            return self.network
+        average: Any = self.average.module
+        assert isinstance(average, Network)
+        return average
+
+    def set_learning_rate(self, params: TrainParams, iteration: int) -> float:
+        """Give every group of parameters its rate in this iteration; returns that of `train.lr`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(params, iteration, group["lr_mult"])
+        return learning_rate(params, iteration)
+
+    def step(self) -> None:
+        """From the gradients of a batch, by now whole, to new weights and their new average."""
+        self.scaler.unscale_(self.optimizer)
+        if self.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_grad_norm)
+        self.scaler.step(self.optimizer)  # not where fp16 has overflowed
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
 
     def states(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the model and the optimizer."""
-        states: dict[str, Any] = {}
+        """What a checkpoint holds of all this."""
+        states: dict[str, Any] = {
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
         if self.scaler.is_enabled():
             states["scaler"] = self.scaler.state_dict()
         if self.average is not None:
@@ -43,8 +79,8 @@ class Learner:
         return states
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint whose weights the model has; what it lacks starts anew."""
-        restore_optimizer(self.optimizer, checkpoint["optimizer"], self.model)
+        """Go on from a checkpoint whose weights the network has; what it lacks starts anew."""
+        restore_optimizer(self.optimizer, checkpoint["optimizer"], self.network)
         if self.scaler.is_enabled() and "scaler" in checkpoint:
             self.scaler.load_state_dict(checkpoint["scaler"])
         if self.average is not None and "ema" in checkpoint:
@@ -52,8 +88,13 @@ class Learner:
             self.average.n_averaged.fill_(1)  # 0 would take the next weights for the average
 
 
-def build_learner(model: nn.Module, params: TrainParams, device: torch.device) -> Learner:
-    """The model with all that trains it.
+def build_learner(
+    model: nn.Module, network: Network, normalize: Normalization, params: TrainParams
+) -> Learner:
+    """The network with all that trains it; `model` is the network as it trains, see Learner.
+
+    Raises:
+        ValueError: train.layer_decay is set, and the backbone has no order of layers.
 
     Sources: https://arxiv.org/abs/1710.03740 (scaler),
     https://docs.pytorch.org/docs/stable/optim.html#weight-averaging-swa-and-ema (average)
@@ -61,39 +102,69 @@ def build_learner(model: nn.Module, params: TrainParams, device: torch.device) -
     average = None
     if params.ema_decay is not None:
         update = get_ema_multi_avg_fn(params.ema_decay)  # type: ignore[no-untyped-call]
-        average = AveragedModel(model, multi_avg_fn=update)
-    scaler = torch.amp.GradScaler(device.type, enabled=params.precision == "fp16")
-    return Learner(model, build_optimizer(model, params), scaler, average)
+        average = AveragedModel(network, multi_avg_fn=update)
+    device = normalize.mean.device.type
+    return Learner(
+        model=model,
+        network=network,
+        normalize=normalize,
+        precision=PRECISIONS[params.precision],
+        optimizer=build_optimizer(network, params),
+        scaler=torch.amp.GradScaler(device, enabled=params.precision == "fp16"),
+        average=average,
+        clip_grad_norm=params.clip_grad_norm,
+    )
 
 
-def build_optimizer(model: nn.Module, params: TrainParams) -> torch.optim.Optimizer:
+def build_optimizer(network: Network, params: TrainParams) -> torch.optim.Optimizer:
     """SGD with momentum, or AdamW (https://arxiv.org/abs/1711.05101)."""
-    groups = parameter_groups(model, params)
+    groups = parameter_groups(network, params)
     if params.optimizer == "sgd":
         return torch.optim.SGD(groups, params.lr, momentum=params.momentum)
     return torch.optim.AdamW(groups, params.lr, betas=(params.momentum, 0.999))
 
 
-def parameter_groups(model: nn.Module, params: TrainParams) -> list[dict[str, Any]]:
-    """The parameters and their names, by `lr_mult` and `weight_decay`."""
+def parameter_groups(network: Network, params: TrainParams) -> list[dict[str, Any]]:
+    """The parameters that learn, with their names, by `lr_mult` and `weight_decay`."""
     norms = {
         f"{name}.{own}"
-        for name, module in model.named_modules()
+        for name, module in network.named_modules()
         if isinstance(module, NORMS)
         for own, _ in module.named_parameters(recurse=False)
     }
-    encoder = {id(parameter) for parameter in model.get_submodule("backbone").parameters()}
+    encoder = {id(parameter): own for own, parameter in network.backbone.named_parameters()}
     groups: dict[tuple[float, float], list[tuple[str, Tensor]]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
         backbone = id(parameter) in encoder
         undecayed = backbone and name in norms and not params.decay_norm
-        lr_mult = 1.0 if backbone else params.head_lr_mult
+        lr_mult = params.head_lr_mult
+        if backbone:
+            lr_mult = layer_multiplier(network.backbone, encoder[id(parameter)], params.layer_decay)
         weight_decay = 0.0 if undecayed else params.weight_decay
         groups.setdefault((lr_mult, weight_decay), []).append((name, parameter))
     return [
         {"params": members, "lr_mult": lr_mult, "weight_decay": weight_decay}
         for (lr_mult, weight_decay), members in groups.items()
     ]
+
+
+def layer_multiplier(backbone: nn.Module, name: str, layer_decay: float) -> float:
+    """What `train.lr` is multiplied by for a parameter of the backbone: less for early layers.
+
+    Raises:
+        ValueError: the backbone has no order of layers.
+    """
+    if layer_decay == 1:
+        return 1.0
+    above = getattr(backbone, "layers_above", None)
+    if above is None:
+        raise ValueError(
+            f"train.layer_decay {layer_decay}: this backbone has no order of layers; use 1, or a "
+            "plain ViT"
+        )
+    return float(layer_decay ** above(name))
 
 
 def restore_optimizer(
@@ -117,8 +188,10 @@ def learning_rate(params: TrainParams, iteration: int, lr_mult: float = 1.0) -> 
 
     The warm-up rises from warmup_ratio of that rate to the whole over iterations 0 to
     warmup_iters - 1; the decay begins at warmup_iters. With auto_scale_lr, lr is params.lr *
-    batch_size / base_batch_size. Sources: https://arxiv.org/abs/1606.00915 (poly),
-    https://arxiv.org/abs/1608.03983 (cosine), https://arxiv.org/abs/1706.02677 (both others)
+    batch_size / base_batch_size. The iterations that `extend` adds have the rates that they would
+    have, had the training been as long from the beginning. Sources:
+    https://arxiv.org/abs/1606.00915 (poly), https://arxiv.org/abs/1608.03983 (cosine),
+    https://arxiv.org/abs/1706.02677 (warm-up and scale)
     """
     schedule = params.schedule
     scale = params.batch_size / params.base_batch_size if params.auto_scale_lr else 1
@@ -127,7 +200,7 @@ def learning_rate(params: TrainParams, iteration: int, lr_mult: float = 1.0) -> 
     if iteration < begin:
         progress = iteration / max(begin - 1, 1)
         return lr * (schedule.warmup_ratio + (1 - schedule.warmup_ratio) * progress)
-    steps = max(params.iterations - begin - 1, 1)
+    steps = max(params.horizon(iteration) - begin - 1, 1)
     left = (steps - (iteration - begin)) / steps
     share = (
         left**schedule.power if schedule.policy == "poly" else (1 - math.cos(math.pi * left)) / 2

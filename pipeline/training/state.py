@@ -5,28 +5,34 @@ in `.dvc/tmp/instep/<fingerprint>` of the main checkout, which every way of runn
 """
 
 import csv
-import fcntl
 import hashlib
 import json
-import os
+import logging
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypedDict, cast
 
-from pipeline.data.store import file_md5
-from pipeline.params import Params, main_checkout, plain, read_yaml
-from pipeline.training.checkpoint import (
-    Checkpoint,
-    load_file,
-    save_checkpoint,
-    write_atomically,
-)
+from filelock import FileLock, Timeout
 
-KEPT_STATES = 5
+from pipeline.disk import check_format, file_md5, write_atomically
+from pipeline.evaluation.inference import EvaluationParams
+from pipeline.models import ModelParams
+from pipeline.models.weights import read_file
+from pipeline.params import Section, main_checkout, plain
+from pipeline.training.checkpoint import Checkpoint, save
+from pipeline.training.params import TrainParams
+from pipeline.yaml12 import read_yaml
+
+log = logging.getLogger("instep")
+
+Entry = dict[str, Any]  # of the history: {"iteration": i, <metric>: value, ...}
+
+KEPT_DAYS = 30  # for so long after its last checkpoint an unfinished training can be gone on with
 LOCK_PATIENCE = 30.0  # seconds: a killed training's last process may need a few to end
+FINISHED = "finished"  # the file that marks the state of the last finished training
 
 # These change where, how fast and how safely a training runs, not its result.
 # The md5 of the files that a training starts from stands for their names.
@@ -35,30 +41,54 @@ NEUTRAL = {"gpus", "device", "workers", "work_dir", "load_from", "resume_from", 
 VALIDATION = {"interval", "mode", "crop", "stride"}
 
 
-def result_params(params: Params) -> dict[str, Any]:
+class Means(TypedDict):
+    """The sums of the loss's terms over the iterations since `since`, that of the last point."""
+
+    since: int
+    sums: dict[str, float]
+
+
+class Saved(TypedDict):
+    """The content of state.pt: a checkpoint, and the curves up to it.
+
+    `history` is the truth about the curves.
+    """
+
+    format: int
+    checkpoint: Checkpoint
+    history: list[Entry]
+    means: Means
+
+
+def result_params(
+    *,
+    augmentation: Section,
+    model: ModelParams,
+    train: TrainParams,
+    evaluation: EvaluationParams,
+) -> dict[str, Any]:
     """The parameters that change the result of a training, under their names in params.yaml."""
-    train, evaluation = plain(params.train), plain(params.evaluation)
+    options, validation = plain(train), plain(evaluation)
     return {
-        "augmentation": plain(params.augmentation),
-        "model": plain(params.model),
-        "train": {name: value for name, value in train.items() if name not in NEUTRAL},
-        "evaluation": {name: evaluation[name] for name in sorted(VALIDATION)},
+        "augmentation": plain(augmentation),
+        "model": plain(model),
+        "train": {name: value for name, value in options.items() if name not in NEUTRAL},
+        "evaluation": {name: validation[name] for name in sorted(VALIDATION)},
     }
 
 
-def train_fingerprint(params: Params, data_md5: str) -> str:
+def train_fingerprint(result: dict[str, Any], starts: list[Path], data_md5: str) -> str:
     """What a training's result follows from: parameters, data, code, the files it starts from."""
-    starts = (params.train.load_from, params.train.resume_from)
-    files = [file_md5(start_file(path, params)) if path else None for path in starts]
-    pretrained = params.model.backbone.pretrained
+    files = [file_md5(path) for path in starts]
+    pretrained = result["model"]["backbone"]["pretrained"]
     weights = main_checkout() / (pretrained or "")
-    files.append(file_md5(weights) if pretrained != "imagenet" and weights.is_file() else None)
-    return _digest([result_params(params), data_md5, _code("train"), files])
+    files.append(file_md5(weights) if pretrained != "imagenet" and weights.is_file() else "")
+    return _digest([result, data_md5, _code("train"), files])
 
 
-def evaluation_fingerprint(params: Params, data_md5: str, train: str) -> str:
+def evaluation_fingerprint(params: EvaluationParams, data_md5: str, train: str) -> str:
     """What an evaluation's result follows from: a training, the settings, data and code."""
-    settings = {n: v for n, v in plain(params.evaluation).items() if n != "interval"}
+    settings = {name: value for name, value in plain(params).items() if name != "interval"}
     return _digest([settings, data_md5, _code("evaluate"), train])
 
 
@@ -73,32 +103,35 @@ def _code(stage: str) -> dict[str, str]:
     return {file.as_posix(): file_md5(file) for file in files}
 
 
-def start_file(given: str, params: Params) -> Path:
-    """The checkpoint that `load_from` or `resume_from` names, relative to the main checkout.
+def start_files(params: TrainParams) -> list[Path]:
+    """The files that a training starts from: those of `load_from` or `resume_from`, if any.
+
+    A relative path is one below the main checkout. `resume_from` takes the best.pt beside its file
+    along, so that the best checkpoint so far is not forgotten.
 
     Raises:
-        ValueError: it does not exist, or DVC deletes it before the training starts.
+        ValueError: a file does not exist, or DVC deletes it before the training starts.
     """
+    given = params.load_from or params.resume_from
+    if not given:
+        return []
     path = (main_checkout() / given).resolve()
-    if path.is_relative_to((main_checkout() / params.train.work_dir).resolve()):
+    if path.is_relative_to((main_checkout() / params.work_dir).resolve()):
         raise ValueError(
-            f"train.resume_from / load_from: {given} lies in train.work_dir "
-            f"{params.train.work_dir}, whose files DVC deletes before the stage starts; copy it "
-            "elsewhere first"
+            f"train.resume_from / load_from: {given} lies in train.work_dir {params.work_dir}, "
+            "whose files DVC deletes before the stage starts; copy it elsewhere first"
         )
     if not path.is_file():
         raise ValueError(
             f"train.resume_from / load_from: no file {path}; a relative name is looked up in "
             f"{main_checkout()}"
         )
-    return path
+    best = path.with_name("best.pt")
+    return [path, best] if params.resume_from and best.is_file() and best != path else [path]
 
 
 class State:
-    """The saved state of one training, named by its fingerprint.
-
-    `history` is the truth about the curves: a list of {"iteration": i, <metric>: value, ...}.
-    """
+    """The saved state of one training, named by its fingerprint."""
 
     def __init__(self, fingerprint: str) -> None:
         self.fingerprint = fingerprint
@@ -109,36 +142,61 @@ class State:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only process that writes this state.
+        """Be the only process that writes this state; what other trainings left too long goes.
 
         Raises:
             ValueError: another training with the same fingerprint is running.
         """
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while (lock := _try_lock(self.folder)) is None:
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"another process is doing this very training (it holds {self.folder}/lock); "
-                    "wait for it, or end it"
-                )
-            time.sleep(0.2)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / "lock", timeout=LOCK_PATIENCE)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"another process is doing this very training (it holds {self.folder}/lock); "
+                "wait for it, or end it"
+            ) from None
         with lock:
+            if self.finished:  # `dvc repro -f`: this training is to be done anew
+                for path in self.folder.iterdir():
+                    if path.name != "lock":
+                        path.unlink()
             self._forget_old_states()
             yield
 
     def _forget_old_states(self) -> None:
-        ages = {}
         for path in self.folder.parent.iterdir():
             with suppress(FileNotFoundError):  # another process forgets at the same moment
-                ages[path] = path.stat().st_mtime
-        others = sorted(ages.keys() - {self.folder}, key=lambda path: ages[path])
-        for path in others[: max(len(others) + 1 - KEPT_STATES, 0)]:
-            _remove(path)
+                days = (time.time() - path.stat().st_mtime) / 86400
+                if days > KEPT_DAYS and path != self.folder and _remove(path):
+                    log.info("forgot the training in %s, untouched for %.0f days", path, days)
 
-    def save(self, checkpoint: Checkpoint, history: list[dict[str, Any]]) -> None:
+    @property
+    def finished(self) -> bool:
+        """Whether the training is done and DVC has its outputs."""
+        return (self.folder / FINISHED).is_file()
+
+    def finish(self) -> None:
+        """DVC has the training's outputs: the next training of the same starts anew.
+
+        The state stays for an extension, until another training is finished.
+        """
+        if not self.folder.is_dir():
+            return
+        for path in self.folder.parent.iterdir():
+            if path != self.folder and (path / FINISHED).is_file():
+                _remove(path)
+        (self.folder / FINISHED).touch()
+
+    def start_from(self, other: "State") -> None:
+        """Take over what another training ended with, its curves and its best checkpoint."""
+        for path in other.folder.glob("*.pt"):
+            shutil.copyfile(path, self.folder / path.name)
+
+    def save(self, saved: Saved) -> None:
         """Keep a checkpoint and the curves up to it, in one step."""
-        save_checkpoint({"checkpoint": checkpoint, "history": history}, self._state)
-        best = self._best(checkpoint) if checkpoint["best"] else None
+        save(saved, self._state)
+        best = self._best(saved["checkpoint"])
         for path in self.folder.glob("best-*.pt"):
             if path != best:
                 path.unlink()
@@ -148,31 +206,36 @@ class State:
         """Whether a checkpoint has been saved."""
         return self._state.is_file()
 
-    def load(self) -> tuple[Checkpoint, list[dict[str, Any]]] | None:
-        """The last saved checkpoint and the curves up to it, if there are any."""
-        if not self.exists:
-            return None
-        saved = load_file(self._state)
-        return saved["checkpoint"], saved["history"]
+    def load(self) -> Saved:
+        """The last saved checkpoint and the curves up to it.
+
+        Raises:
+            ValueError: it is broken, or another version of this tool wrote it.
+        """
+        saved = read_file(self._state)
+        check_format(saved, self._state, f"delete {self.folder} to train anew")
+        return cast("Saved", saved)
 
     def write_outputs(self, work_dir: Path) -> None:
         """Write what DVC takes over: checkpoints/{last,best}.pt, train.tsv and val.tsv."""
         saved = self.load()
-        assert saved is not None, "the loop ends by saving"
-        checkpoint, history = saved
+        checkpoint = saved["checkpoint"]
         shutil.rmtree(work_dir / "checkpoints", ignore_errors=True)
-        save_checkpoint(checkpoint, work_dir / "checkpoints" / "last.pt")
-        if checkpoint["best"]:
-            shutil.copyfile(self._best(checkpoint), work_dir / "checkpoints" / "best.pt")
+        save(checkpoint, work_dir / "checkpoints" / "last.pt")
+        if best := self._best(checkpoint):
+            shutil.copyfile(best, work_dir / "checkpoints" / "best.pt")
         for name in ("train", "val"):
-            _write_curves(work_dir / f"{name}.tsv", f"{name}/", history)
+            _write_curves(work_dir / f"{name}.tsv", f"{name}/", saved["history"])
 
     def save_best(self, checkpoint: Checkpoint) -> None:
         """Keep the best checkpoint so far; `save` must follow, which lets go of the one before."""
-        save_checkpoint(checkpoint, self._best(checkpoint))
+        best = self._best(checkpoint)
+        assert best is not None
+        save(checkpoint, best)
 
-    def _best(self, checkpoint: Checkpoint) -> Path:
-        return self.folder / f"best-{checkpoint['best']['iteration']}.pt"
+    def _best(self, checkpoint: Checkpoint) -> Path | None:
+        best = checkpoint["best"]
+        return self.folder / f"best-{best['iteration']}.pt" if best else None
 
     @property
     def run_id(self) -> str | None:
@@ -182,11 +245,6 @@ class State:
     def remember_run(self, run_id: str) -> None:
         """Keep the MLflow run of this training, whatever happens next."""
         write_atomically(self._run_id, lambda file: file.write(run_id.encode()))
-
-    def forget(self) -> None:
-        """Delete the state: the result is in DVC's hands, and the next training starts anew."""
-        if self.folder.is_dir():
-            _remove(self.folder)
 
 
 def _write_curves(path: Path, prefix: str, history: list[dict[str, Any]]) -> None:
@@ -199,19 +257,11 @@ def _write_curves(path: Path, prefix: str, history: list[dict[str, Any]]) -> Non
         table.writerows([entry["iteration"], *(entry[name] for name in names)] for entry in rows)
 
 
-def _try_lock(folder: Path) -> IO[str] | None:
-    """The folder's lock, held until it is closed; None while another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _remove(folder: Path) -> bool:
+    """Delete a state, unless a process is writing it; says whether it is gone."""
     try:
-        lock = (folder / "lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, FileNotFoundError):
-        return None
-    return lock if os.fstat(lock.fileno()).st_nlink else None  # the folder may be gone by now
-
-
-def _remove(folder: Path) -> None:
-    """Delete a state that no process is writing."""
-    if lock := _try_lock(folder):
-        with lock:
+        with FileLock(folder / "lock", blocking=False):
             shutil.rmtree(folder, ignore_errors=True)
+    except (Timeout, FileNotFoundError):
+        return False
+    return True

@@ -1,4 +1,8 @@
-"""Checkpoints that others wrote: read without their code and without running anything."""
+"""Files of weights, ours and others': read without their code and without running anything.
+
+Known are torch.save's files (.pt, .pth) and safetensors; checkpoints of this tool and of
+MMSegmentation, and bare state_dicts, such as timm's and OpenMMLab's of an encoder.
+"""
 
 import re
 from pathlib import Path
@@ -6,9 +10,14 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.models.mmseg import from_mmseg
+
+OWN = {"model", "optimizer", "iteration", "best", "params"}  # by these a checkpoint is one of ours
+BACKBONE = "backbone."
 
 
 class Unread:
@@ -42,12 +51,29 @@ STAND_INS: dict[str, Any] = {
 }
 
 
-def read_safely(path: Path) -> Any:
-    """What torch.save wrote: tensors on the CPU, plain data, and `Unread` for what is harmless.
+def read_file(path: Path) -> dict[str, Any]:
+    """Tensors on the CPU, plain data, and `Unread` for what is harmless.
 
     Raises:
-        ValueError: the file is broken, or names anything else that a pickle could run.
+        ValueError: the file is missing or broken, holds anything but a dict, or names what a pickle
+            could run.
     """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a file of safetensors that can be read: {error}") from None
+
+
+def _read_pickle(path: Path) -> Any:
     allowed: list[Any] = [(stand_in, name) for name, stand_in in STAND_INS.items()]
     try:
         with torch.serialization.safe_globals(allowed):
@@ -66,17 +92,52 @@ def read_safely(path: Path) -> Any:
         ) from error
 
 
-def foreign_weights(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint of MMSegmentation, or of a bare state_dict, under our names.
+def is_own(content: dict[str, Any]) -> bool:
+    """Whether a file's content is a checkpoint of this tool."""
+    return content.keys() >= OWN
 
-    Of averaged weights (EMA) these are the ones that MMSegmentation's test.py measures, those of
-    `state_dict` itself: mmengine's hook has put the averages there and the others into
-    `ema_state_dict`; mmcv's hook keeps the other copy beside each parameter, as `ema_a_b` of `a.b`.
-    Sources: mmengine/hooks/ema_hook.py (0.10.7), mmcv/runner/hooks/ema.py (1.x).
+
+def averaged(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The moving average of the weights, if a checkpoint of ours has one, or else the weights."""
+    weights: dict[str, Tensor] = checkpoint["ema" if "ema" in checkpoint else "model"]
+    return weights
+
+
+def weights_of(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """The weights of a network in the content of a file, under our names.
 
     Raises:
-        ValueError: it is neither of the two.
+        ValueError: there are none.
     """
+    return from_mmseg(_as_named_there(content, path))
+
+
+def backbone_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of an encoder under its own names, from its own file or a whole network's.
+
+    Raises:
+        ValueError: the file can't be read, or holds no weights.
+    """
+    given = _as_named_there(read_file(path), path)
+    if not any(name.startswith(BACKBONE) for name in given):
+        given = {BACKBONE + name: weight for name, weight in given.items()}
+    return {
+        name.removeprefix(BACKBONE): weight
+        for name, weight in from_mmseg(given).items()
+        if name.startswith(BACKBONE)
+    }
+
+
+def _as_named_there(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """The weights in the content of a file, under the names that they have there.
+
+    Of averaged weights (EMA) of MMSegmentation these are the ones that its test.py measures, those
+    of `state_dict` itself: mmengine's hook has put the averages there and the others into
+    `ema_state_dict`; mmcv's hook keeps the other copy beside each parameter, as `ema_a_b` of `a.b`.
+    Sources: mmengine/hooks/ema_hook.py (0.10.7), mmcv/runner/hooks/ema.py (1.x).
+    """
+    if is_own(content):
+        return averaged(content)
     given = content.get("state_dict", content)
     bare = given is content
     if not isinstance(given, dict) or (bare and not all(map(_is_weight, given.items()))):
@@ -88,15 +149,17 @@ def foreign_weights(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
     copies = {f"ema_{name.replace('.', '_')}" for name in weights}
-    return from_mmseg({name: value for name, value in weights.items() if name not in copies})
+    return {name: value for name, value in weights.items() if name not in copies}
 
 
 def _is_weight(entry: tuple[Any, Any]) -> bool:
     return isinstance(entry[0], str) and isinstance(entry[1], Tensor)
 
 
-def foreign_classes(content: dict[str, Any]) -> list[str]:
-    """The names of the classes, from `meta`; none where it does not tell."""
+def classes_of(content: dict[str, Any]) -> list[str]:
+    """The names of the classes that a file's content tells, of MMSegmentation in its `meta`."""
+    if is_own(content):
+        return list(content.get("classes") or [])
     meta = content.get("meta")
     dataset = meta.get("dataset_meta") if isinstance(meta, dict) else None
     for holder in (dataset, meta):

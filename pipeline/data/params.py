@@ -1,0 +1,59 @@
+"""The section `data` of params.yaml: what `prepare` reads and what it is called."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from pipeline.data.formats import FORMATS, FormatParams, Reader
+from pipeline.params import Colour, Grey, Section, choose
+
+
+class DataParams(Section):
+    """What `prepare` reads and what it is called.
+
+    Pixels of `ignore_index` are neither learned nor measured. With `reduce_zero_label` id 0 becomes
+    ignore_index and the others one less. `allow_missing_classes` lets a class be without a pixel in
+    train: nothing teaches it, and evaluation leaves it out unless it is predicted or labelled.
+    """
+
+    name: str = Field(min_length=1)
+    format: SerializeAsAny[FormatParams]
+    root: str = Field(min_length=1)
+    classes: tuple[str, ...] = Field(min_length=2, max_length=255)
+    palette: tuple[Colour, ...]
+    ignore_index: Grey = 255
+    reduce_zero_label: bool = False
+    allow_missing_classes: bool = False
+
+    @property
+    def num_ids(self) -> int:
+        """The number of ids in the files, ignore_index aside."""
+        return len(self.classes) + self.reduce_zero_label
+
+    def reader(self) -> Reader[Any]:
+        """The reader of the format."""
+        return FORMATS[self.format.name](Path(self.root), self.ignore_index, self.format)
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _of_its_name(cls, given: Any) -> FormatParams:
+        return choose({name: reader.Params for name, reader in FORMATS.items()}, given)
+
+    @model_validator(mode="after")
+    def _classes_agree(self) -> Self:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes: every name must stand once")
+        if len(self.palette) != len(self.classes):
+            raise ValueError(
+                f"palette has {len(self.palette)} colours for {len(self.classes)} classes; "
+                "give one [red, green, blue] a class"
+            )
+        if self.ignore_index < self.num_ids:
+            name = self.classes[min(self.ignore_index, len(self.classes) - 1)]
+            raise ValueError(
+                f"ignore_index {self.ignore_index} is the id of class {name!r}; use 255 or "
+                f"another id from {self.num_ids} up"
+            )
+        self.format.check(self.num_ids)
+        return self

@@ -1,0 +1,57 @@
+"""params.yaml as a whole: its sections together, and the rules between them.
+
+Nothing here changes a result, it can only refuse one: so no stage depends on this file, and every
+stage checks the whole of params.yaml before it works.
+"""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import model_validator
+
+from pipeline.data.params import DataParams
+from pipeline.data.transforms import AugmentationParams
+from pipeline.evaluation.inference import EvaluationParams
+from pipeline.models import ModelParams, head_of
+from pipeline.params import Section, read_section
+from pipeline.tracking import TrackingParams
+from pipeline.training.params import TrainParams
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    data: DataParams
+    augmentation: AugmentationParams
+    model: ModelParams
+    train: TrainParams
+    evaluation: EvaluationParams
+    tracking: TrackingParams
+
+    @model_validator(mode="after")
+    def _every_class_has_a_weight(self) -> Self:
+        weights = self.model.loss and self.model.loss.class_weights
+        classes = len(self.data.classes)
+        if isinstance(weights, tuple) and len(weights) != classes:
+            raise ValueError(
+                f"model.loss.class_weights has {len(weights)} numbers for the {classes} "
+                "data.classes; give one a class, or balanced"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_suits_the_model(self) -> Self:
+        head_of(self.model.head).check_batch(
+            self.model.head, self.train.microbatch, self.augmentation.crop_size
+        )
+        return self
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        ValueError: every unknown key, wrong type and value out of range at once, each with the
+            rule and, for a key, the nearest valid name.
+    """
+    return read_section(Params, path)

@@ -1,0 +1,247 @@
+"""The loss of a map of logits: terms over pixels and terms over images, each a sum divided once."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import (
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.params import Above0, AtLeast0, Positive, Probability, Section
+
+# Logits, target, ignore_index and the weights of the classes -> a sum.
+Term = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
+ImageLoss = Callable[[Tensor, Tensor], Tensor]
+# The terms, and which of the three counts divides each: pixels as their classes weigh, pixels,
+# images.
+DIVISORS = {"cross_entropy": 0, "ohem": 0, "focal": 1, "dice": 2, "lovasz": 2, "tversky": 2}
+WEIGHED = ("cross_entropy", "ohem")  # by class_weights
+
+
+class LossParams(Section):
+    """The section `model.loss`: the weight of each term, 0 for none, and what some of them need.
+
+    `ohem` is the cross entropy of each image's hard pixels: those whose own class has less than
+    `ohem_threshold` probability, and the `ohem_min_kept` least probable in any case. With
+    `avg_non_ignore` cross_entropy, ohem and focal are divided by the valid pixels, else by all.
+    `class_weights` are those of cross_entropy and ohem: a number for each class, or balanced: by
+    the frequencies in train.
+    """
+
+    cross_entropy: AtLeast0 = 0.0
+    ohem: AtLeast0 = 0.0
+    dice: AtLeast0 = 0.0
+    focal: AtLeast0 = 0.0
+    lovasz: AtLeast0 = 0.0
+    tversky: AtLeast0 = 0.0
+    avg_non_ignore: bool = True
+    class_weights: (
+        Annotated[tuple[Above0, ...], Field(strict=False)] | Literal["balanced"] | None
+    ) = None
+    ohem_threshold: Probability = 0.7
+    ohem_min_kept: Positive = 100000
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The weights of the terms that are on."""
+        return {name: getattr(self, name) for name in DIVISORS if getattr(self, name) > 0}
+
+    @field_validator("class_weights", mode="wrap")
+    @classmethod
+    def _are_weights(cls, given: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(given)
+        except ValidationError:
+            raise ValueError(
+                "must be null, balanced, or a list with a number above 0 for each class"
+            ) from None
+
+    @model_validator(mode="after")
+    def _has_a_term(self) -> Self:
+        if not self.terms:
+            raise ValueError("every term has weight 0; give one of them, as cross_entropy, 1")
+        if self.class_weights and not self.terms.keys() & set(WEIGHED):
+            raise ValueError(
+                "class_weights weigh cross_entropy and ohem, and both are 0; set class_weights null"
+            )
+        return self
+
+
+class Criterion:
+    """The terms that are on, by their weights.
+
+    A term is a sum over pixels or over images, divided by their number in the whole global batch:
+    so neither ranks nor microbatches weigh differently when their valid pixels differ.
+    """
+
+    def __init__(self, params: LossParams, frequency: Sequence[float], ignore_index: int) -> None:
+        """`frequency`: of each class in train, see `median_frequency_weights`."""
+        given = params.class_weights
+        weights = median_frequency_weights(frequency) if given == "balanced" else given
+        counts = torch.ones(2, 256, dtype=torch.float64)
+        counts[:, ignore_index] = 0 if params.avg_non_ignore else 1
+        self._class_weights = None
+        if weights is not None:
+            self._class_weights = torch.tensor(weights, dtype=torch.float64)
+            counts[0, : len(weights)] = self._class_weights
+        self._counts = counts
+        self._ignore_index = ignore_index
+        self._terms = [(name, weight, _term(name, params)) for name, weight in params.terms.items()]
+
+    def count(self, target: Tensor) -> Tensor:
+        """A target's part in the divisors: (N,H,W) uint8 -> (3,) fp64, see DIVISORS.
+
+        Counted are the valid pixels (avg_non_ignore) or all of them; where classes weigh, each
+        pixel as its class, an ignored one as 1: MMSegmentation's avg_factor.
+        Source: https://github.com/open-mmlab/mmsegmentation
+        """
+        self._move_to(target.device)
+        pixels = self._counts[:, target.long()].flatten(1).sum(dim=1)
+        return torch.cat([pixels, pixels.new_full((1,), len(target))])
+
+    def __call__(self, logits: Tensor, target: Tensor, divisors: Tensor) -> dict[str, Tensor]:
+        """This batch's part in each term of the global one, whose counts are `divisors`.
+
+        logits (N,C,...) of any precision, target (N,...) of class ids -> fp64 scalars.
+        """
+        self._move_to(logits.device)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return {
+            name: weight
+            * term(logits, target, self._ignore_index, self._class_weights).double()
+            / divisors[DIVISORS[name]]
+            for name, weight, term in self._terms
+        }
+
+    def _move_to(self, device: torch.device) -> None:
+        """Once: a copy for each microbatch would hold up the device."""
+        if self._counts.device != device:
+            self._counts = self._counts.to(device)
+            if self._class_weights is not None:
+                self._class_weights = self._class_weights.to(device)
+
+
+def labels_at(target: Tensor, points: Tensor) -> Tensor:
+    """Labels of the pixels nearest to points (N,P,2), x and y in [0,1): (N,H,W) -> (N,P)."""
+    height, width = target.shape[1:]
+    size = points.new_tensor([width, height])
+    column, row = (points * size - 0.5).round().long().unbind(dim=2)  # as torch's grid_sample
+    places = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+    return target.flatten(1).gather(1, places)
+
+
+def median_frequency_weights(frequency: Sequence[float]) -> list[float]:
+    """The median of the classes' frequencies by each; 0 for a class that train does not show.
+
+    A class's frequency is its share of the labelled pixels of the images that show it.
+    Source: https://arxiv.org/abs/1411.4734
+    """
+    median = float(np.median([one for one in frequency if one > 0]))
+    return [median / one if one > 0 else 0.0 for one in frequency]
+
+
+def _term(name: str, params: LossParams) -> Term:
+    match name:
+        case "cross_entropy":
+            return cross_entropy_sum
+        case "ohem":
+            return partial(ohem_sum, threshold=params.ohem_threshold, min_kept=params.ohem_min_kept)
+        case _:
+            return partial(sum_over_images, library_loss(name))
+
+
+def cross_entropy_sum(
+    logits: Tensor, target: Tensor, ignore_index: int, class_weights: Tensor | None = None
+) -> Tensor:
+    """Cross entropy summed over the valid pixels, each by the weight of its class.
+
+    logits (N,C,...), target (N,...) uint8 -> scalar. Pixels as rows, because torch's
+    two-dimensional form has no deterministic CUDA kernel.
+    """
+    rows = logits.movedim(1, -1).flatten(0, -2)
+    return F.cross_entropy(
+        rows,
+        target.flatten().long(),
+        None if class_weights is None else class_weights.to(rows.dtype),
+        ignore_index=ignore_index,
+        reduction="sum",
+    )
+
+
+def ohem_sum(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    class_weights: Tensor | None = None,
+    *,
+    threshold: float,
+    min_kept: int,
+) -> Tensor:
+    """Cross entropy summed over each image's hard pixels.
+
+    Hard are those whose own class has less than `threshold` probability, and the `min_kept` least
+    probable in any case: the rule of MMSegmentation's OHEMPixelSampler, which chooses among all the
+    images of a GPU and so makes the result depend on the number of GPUs.
+    Source: https://arxiv.org/abs/1604.03540
+    """
+    hard = target.to(torch.long, copy=True)
+    known = hard != ignore_index
+    with torch.no_grad():
+        labels = torch.where(known, hard, 0).unsqueeze(1)
+        probability = logits.softmax(dim=1).gather(1, labels).squeeze(1)
+        for image, valid, own in zip(hard, known, probability):
+            ordered = own[valid].sort().values
+            if len(ordered):
+                limit = ordered[min(min_kept, len(ordered) - 1)].clamp(min=threshold)
+                image[own >= limit] = ignore_index
+    return cross_entropy_sum(logits, hard, ignore_index, class_weights)
+
+
+def sum_over_images(
+    loss: ImageLoss,
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    class_weights: Tensor | None = None,
+) -> Tensor:
+    """A loss of each image's valid pixels, summed; an image without any adds 0.
+
+    Classes weigh the same, whatever `class_weights` says. Image by image, because the library's
+    losses of a batch are no sums over its images.
+    """
+    total = logits.sum() * 0  # keeps the graph where no image has a valid pixel
+    for image, labels in zip(logits, target):
+        valid = labels != ignore_index
+        if valid.any():
+            row = image[:, valid][None, :, None]  # (1,C,1,P)
+            total = total + loss(row, labels[valid].long()[None, None])
+    return total
+
+
+def library_loss(name: str) -> ImageLoss:
+    """A loss of one image, logits (1,C,1,P) and labels (1,1,P): focal's a sum over the pixels.
+
+    Sources: dice https://arxiv.org/abs/1606.04797, focal (one class against the rest, averaged over
+    the classes) https://arxiv.org/abs/1708.02002, lovasz https://arxiv.org/abs/1705.08790, tversky
+    https://arxiv.org/abs/1706.05721
+    """
+    from segmentation_models_pytorch import losses  # only where it is needed: it is slow
+
+    table: dict[str, ImageLoss] = {
+        "dice": losses.DiceLoss("multiclass"),
+        "focal": losses.FocalLoss("multiclass", gamma=2.0, reduction="sum"),
+        "lovasz": losses.LovaszLoss("multiclass"),
+        "tversky": losses.TverskyLoss("multiclass", alpha=0.3, beta=0.7),
+    }
+    if name == "lovasz":  # the library mixes fp32 into it
+        return lambda logits, labels: table["lovasz"](logits.float(), labels)
+    return table[name]

@@ -1,0 +1,114 @@
+"""The section `train` of params.yaml: the optimisation, and the machine it runs on."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.params import (
+    Above0,
+    AtLeast0,
+    Fraction,
+    Positive,
+    Probability,
+    Section,
+    Share,
+)
+
+
+class ScheduleParams(Section):
+    """The learning rate over the iterations: see `optimization.learning_rate`."""
+
+    policy: Literal["poly", "cosine"]
+    power: Above0
+    min_lr: AtLeast0
+    warmup_iters: int = Field(ge=0)
+    warmup_ratio: Probability
+
+
+class CheckpointParams(Section):
+    """`interval` iterations lie between two moments that a killed training goes on from."""
+
+    interval: Positive
+
+
+class TrainParams(Section):
+    """Every key is explained beside it in params.yaml."""
+
+    gpus: Positive
+    device: Literal["auto", "cuda", "cpu"]
+    workers: int = Field(ge=0)
+    batch_size: Positive
+    accumulation: Positive
+    iterations: int = Field(ge=0)
+    extend: int = Field(ge=0)
+    optimizer: Literal["sgd", "adamw"]
+    lr: Above0
+    base_batch_size: Positive
+    auto_scale_lr: bool
+    momentum: Fraction
+    weight_decay: AtLeast0
+    decay_norm: bool
+    head_lr_mult: Above0
+    layer_decay: Annotated[float, Field(gt=0, le=1)]
+    clip_grad_norm: Above0 | None
+    ema_decay: Share | None
+    schedule: ScheduleParams
+    rare_class_temperature: Above0 | None
+    precision: Literal["fp32", "fp64", "bf16", "fp16"]
+    seed: int = Field(ge=0, lt=2**32)
+    deterministic: bool
+    validation: bool = Field(alias="validate")
+    work_dir: str = Field(min_length=1)
+    resume_from: str | None
+    load_from: str | None
+    load_strict: bool
+    checkpoint: CheckpointParams
+
+    @property
+    def total(self) -> int:
+        """Iterations of the whole training, its extension included."""
+        return self.iterations + self.extend
+
+    def horizon(self, iteration: int) -> int:
+        """Where the schedule that holds in an iteration ends: that of an extension begins late."""
+        return self.iterations if iteration < self.iterations else self.total
+
+    @property
+    def microbatch(self) -> int:
+        """Images that all processes together compute at once."""
+        return self.batch_size // self.accumulation
+
+    @field_validator("work_dir")
+    @classmethod
+    def _stays_in_the_repository(cls, work_dir: str) -> str:
+        path = Path(work_dir)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise ValueError(
+                f"must be a folder inside the repository, relative to it, not {work_dir!r}: "
+                "DVC refuses any other output, and only after the training"
+            )
+        return work_dir
+
+    @model_validator(mode="after")
+    def _batch_is_divisible(self) -> Self:
+        share = self.gpus * self.accumulation
+        if self.batch_size % share:
+            raise ValueError(
+                f"batch_size {self.batch_size} is the batch of all processes together; it must be "
+                f"divisible by gpus x accumulation = {self.gpus} x {self.accumulation}; "
+                f"use {multiples_near(self.batch_size, share)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _starts_from_one_file(self) -> Self:
+        if self.resume_from and self.load_from:
+            raise ValueError("resume_from and load_from exclude each other; set one of them null")
+        return self
+
+
+def multiples_near(number: int, divisor: int) -> str:
+    """The multiples of a divisor on both sides of a number, in words."""
+    lower, upper = number // divisor * divisor, -(-number // divisor) * divisor
+    return f"{lower} or {upper}" if lower else f"{upper}"
