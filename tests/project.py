@@ -32,6 +32,7 @@ SMALL = {
     "model.backbone.output_stride": 8,
     "model.backbone.pretrained": None,
     "model.head.channels": 16,
+    "model.head.dropout": 0.1,
     "train.workers": 0,
     "train.seed": 0,
     "train.batch_size": 4,
@@ -53,7 +54,6 @@ NETWORKS: dict[str, dict[str, object]] = {
     "pointrend": {
         "model.head.name": "pointrend",
         "model.head.train_points": 64,
-        "model.head.dropout": 0.1,
         "model.backbone.name": "resnet18c",
         "model.backbone.output_stride": 32,
         "augmentation.crop_size": [64, 64],
@@ -69,7 +69,6 @@ NETWORKS: dict[str, dict[str, object]] = {
     # Its BN carries the activation; random weights would leave means of 0, and only rounding.
     "lite0": {
         "model.head.name": "unet",
-        "model.head.dropout": 0.1,
         "model.head.channels": [128, 64, 48, 32, 16],
         "model.backbone.name": "efficientnet_lite0",
         "model.backbone.output_stride": 32,
@@ -79,6 +78,7 @@ NETWORKS: dict[str, dict[str, object]] = {
     "library": {
         "model.head.name": "smp.FPN",
         "model.head.channels": ABSENT,
+        "model.head.dropout": ABSENT,
         "augmentation.crop_size": [64, 64],
         "model.backbone.output_stride": 32,
         "train.iterations": 5,

@@ -270,7 +270,7 @@ def test_a_layout_with_splits_of_its_own_takes_no_others(layout: str, source: st
         (PAIRS | {"format.splits.folds": 1}, "data.format.splits.folds: 1 should be greater than"),
         (
             PAIRS | {"format.suffixes": ["_m"]},
-            "pairs has no parameter suffixes; did you mean target",
+            "pairs has no parameter suffixes; did you mean tar",
         ),
         (VOC | {"format.target_suffixes": ["_m"]}, "target_suffixes; it belongs to pairs"),
         (VOC | {"format.color_map": [[0, 0, 0]]}, "data.format: voc has no parameter color_map"),
