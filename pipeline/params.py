@@ -199,6 +199,7 @@ class BackboneParams(Section):
     pretrained: str | None
     with_cp: bool
     drop_path: Fraction
+    freeze: bool = False
 
 
 class FCNParams(Section):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.models import vit
 from pipeline.models.mmseg import from_mmseg
 from pipeline.params import BackboneParams, main_checkout
 
@@ -36,14 +37,14 @@ MIT_DEPTHS = {
     "mit_b5": (3, 6, 40, 3),
 }
 Context = AbstractContextManager[None]
-BLOCKS = (BasicBlock, Block, Bottleneck, DepthwiseSeparableConv, InvertedResidual)
+BLOCKS = (BasicBlock, Block, Bottleneck, DepthwiseSeparableConv, InvertedResidual, *vit.BLOCKS)
 
 
 def build_backbone(params: BackboneParams) -> tuple[nn.Module, list[int]]:
     """A network whose forward gives features from fine to coarse, and their channels.
 
     Of stride 2, 4, 8, 16 and 32 as far as the output stride lets them shrink; a transformer starts
-    at 4. `pretrained`: null, `imagenet`, or a file of ImageNet weights, timm's or OpenMMLab's.
+    at 4; a plain transformer gives one map, of stride 16. `pretrained`: null, `imagenet`, or a file of ImageNet weights, timm's or OpenMMLab's.
 
     Raises:
         ValueError: the weights can't be had, or don't fit the network.
@@ -60,11 +61,22 @@ def build_backbone(params: BackboneParams) -> tuple[nn.Module, list[int]]:
         _load(backbone, _efficientnet_lite0_weights())
     elif params.pretrained is not None and not imagenet:
         _load(backbone, _read_weights(main_checkout() / params.pretrained))
+    if params.freeze:
+        backbone.requires_grad_(False)
+        backbone.train = partial(_stay_in_evaluation, backbone)  # type: ignore[method-assign]
+        backbone.eval()
     if params.with_cp:
         for module in backbone.modules():
             if isinstance(module, BLOCKS):
-                module.forward = partial(_recompute, module)  # type: ignore[method-assign]
+                recomputed(module)
     return backbone, channels
+
+
+def _stay_in_evaluation(backbone: nn.Module, mode: bool = True) -> nn.Module:
+    """What `train` does to a frozen backbone: nothing in it draws or gathers statistics."""
+    for module in backbone.modules():
+        module.training = False
+    return backbone
 
 
 def _build(params: BackboneParams, pretrained: bool) -> tuple[nn.Module, list[int]]:
@@ -72,6 +84,9 @@ def _build(params: BackboneParams, pretrained: bool) -> tuple[nn.Module, list[in
         transformer = MixTransformer(params.name, params.drop_path)
         return transformer, transformer.channels
     try:
+        if params.name in vit.VITS:
+            plain = vit.ViT(params.name, params.drop_path, pretrained)
+            return plain, [plain.width]
         backbone: Any = timm.create_model(
             TIMM_NAMES.get(params.name, params.name),
             features_only=True,
@@ -119,6 +134,11 @@ class MixTransformer(PyramidVisionTransformerV2):
             x = stage(x)
             features.append(x)
         return features
+
+
+def recomputed(module: nn.Module) -> None:
+    """Let a module compute its activations again in the backward pass instead of keeping them."""
+    module.forward = partial(_recompute, module)  # type: ignore[method-assign]
 
 
 def _recompute(block: nn.Module, *inputs: Any) -> Tensor:
@@ -182,6 +202,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _load(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load what a feature extractor has of a classifier's weights, timm's or OpenMMLab's."""
+    if isinstance(backbone, vit.ViT):
+        weights = backbone.translated(weights)
     own = backbone.state_dict()
     given = from_mmseg({f"backbone.{name}": weight for name, weight in weights.items()})
     weights = {name.removeprefix("backbone."): weight for name, weight in given.items()}
