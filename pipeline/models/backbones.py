@@ -44,7 +44,8 @@ def build_backbone(params: BackboneParams) -> tuple[nn.Module, list[int]]:
     """A network whose forward gives features from fine to coarse, and their channels.
 
     Of stride 2, 4, 8, 16 and 32 as far as the output stride lets them shrink; a transformer starts
-    at 4; a plain transformer gives one map, of stride 16. `pretrained`: null, `imagenet`, or a file of ImageNet weights, timm's or OpenMMLab's.
+    at 4; a plain transformer gives one map, of stride 16. `pretrained`: null, `imagenet`, or a file
+    of weights, timm's or OpenMMLab's; for a plain transformer timm's or Meta's.
 
     Raises:
         ValueError: the weights can't be had, or don't fit the network.
@@ -138,7 +139,7 @@ class MixTransformer(PyramidVisionTransformerV2):
 
 def recomputed(module: nn.Module) -> None:
     """Let a module compute its activations again in the backward pass instead of keeping them."""
-    module.forward = partial(_recompute, module)  # type: ignore[method-assign]
+    module.forward = partial(_recompute, module)
 
 
 def _recompute(block: nn.Module, *inputs: Any) -> Tensor:

@@ -3,11 +3,11 @@
 Source: https://arxiv.org/abs/2503.19108
 """
 
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
 import torch
 from pydantic import model_validator
-from timm.layers import LayerNorm2d
+from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -108,8 +108,8 @@ class EoMT(Network):
         self.attn_mask_probs: Tensor
         self.register_buffer("attn_mask_probs", torch.ones(params.num_blocks))
         self.draws = nn.ModuleList(Keyed() for _ in range(params.num_blocks))
-        for block in self._last_blocks():
-            if backbone.rope is not None:  # queries have no place to be rotated by
+        if backbone.rope is not None:  # queries have no place to be rotated by
+            for block in backbone.blocks[-params.num_blocks :]:
                 block.attn.num_prefix_tokens += params.num_queries
         self.finish()
 
@@ -127,9 +127,6 @@ class EoMT(Network):
                 "vit_large_patch14_reg4_dinov2"
             )
         return cls(vit, head, labels, backbone.with_cp)
-
-    def _last_blocks(self) -> nn.Sequential:
-        return self.backbone.blocks[-self.params.num_blocks :]
 
     def advance(self, done: float) -> None:
         """Anneal each block's masks."""
@@ -176,7 +173,7 @@ class EoMT(Network):
         """
         seen = resize(masks, grid).flatten(2) > 0  # (N,Q,patches)
         if self.training:
-            draw = self.draws[number].uniform(self.params.num_queries)
+            draw = cast("Keyed", self.draws[number]).uniform(self.params.num_queries)
             seen = seen | (draw >= self.attn_mask_probs[number])[..., None]
         prefix, patches = self.backbone.num_prefix_tokens, seen.shape[2]
         before = self.params.num_queries + prefix
@@ -197,8 +194,7 @@ class EoMT(Network):
         shares = classes.to(exact).softmax(dim=2)[..., :-1]
         masks = masks.to(exact)
         down, along = (
-            Taps(size[axis], masks.shape[2 + axis], outputs.extent[axis], masks)
-            for axis in (0, 1)
+            Taps(size[axis], masks.shape[2 + axis], outputs.extent[axis], masks) for axis in (0, 1)
         )
         scores = masks.new_empty(len(masks), shares.shape[2], *size)
         for start in range(0, size[0], BAND):

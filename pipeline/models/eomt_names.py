@@ -5,7 +5,10 @@ import re
 import torch
 from torch import Tensor
 
-SIGNS = ({"query.weight", "class_predictor.weight"}, {"network.q.weight"})  # transformers', authors'
+SIGNS = (
+    {"query.weight", "class_predictor.weight"},
+    {"network.q.weight"},
+)  # transformers', authors'
 RENAMED = (
     # The authors'.
     (r"^network\.encoder\.backbone\.", "backbone."),
@@ -73,9 +76,7 @@ def _join(weights: dict[str, Tensor], prefix: str, rotary: bool) -> None:
     weights.pop(f"{prefix}k_proj.bias", None)  # moves all logits of a query alike: no effect
 
 
-def _rename_perceptron(
-    weights: dict[str, Tensor], prefix: str, gated: bool, rotary: bool
-) -> None:
+def _rename_perceptron(weights: dict[str, Tensor], prefix: str, gated: bool, rotary: bool) -> None:
     """Where a gate stands beside the first layer, DINOv2 has both in one matrix."""
     for kind in ("weight", "bias"):
         up = weights.pop(f"{prefix}up_proj.{kind}")

@@ -4,7 +4,7 @@ Source: Mask2Former, https://arxiv.org/abs/2112.01527, after https://arxiv.org/a
 """
 
 import zlib
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -205,14 +205,15 @@ class SetLoss:
         keys: Tensor,
         number: int,
     ) -> Tensor:
-        """Where to compare each mask (M,1,h,w): (M,P,2), most where it is unsure, the rest anywhere.
+        """Where to compare each mask (M,1,h,w): (M,P,2), most where it is unsure.
 
-        The masks of an image choose among the same candidates.
+        The rest is anywhere. The masks of an image choose among the same candidates.
         """
         count = self.params.train_points
         chosen = int(count * self.params.importance_ratio)
         candidates = int(count * self.params.oversample_ratio)
-        drawn = uniform(keys, zlib.crc32(f"points.{number}".encode()), 2 * (candidates + count - chosen))
+        salt = zlib.crc32(f"points.{number}".encode())
+        drawn = uniform(keys, salt, 2 * (candidates + count - chosen))
         points = drawn.to(masks.dtype).view(len(keys), -1, 2)[images]
         some, rest = points[:, :candidates], points[:, candidates:]
         # Rounded, and the first of equals, as PointRend's are: the last digits, which vary with the
@@ -235,7 +236,7 @@ class SetLoss:
         x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
         left, top = x.floor(), y.floor()
         inside = points.new_zeros(*classes.shape, points.shape[1])
-        ignored = points.new_zeros(points.shape[:2])
+        known, total = points.new_zeros(2, *points.shape[:2])
         for right in (0, 1):
             for down in (0, 1):
                 column, row = (left + right).long(), (top + down).long()
@@ -246,12 +247,13 @@ class SetLoss:
                 place = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
                 label = target.flatten()[images[:, None] * (height * width) + place]
                 inside += (label[:, None] == classes[..., None]) * weight[:, None]
-                ignored += (label == self.ignore_index) * weight
-        return Labelled(inside, 1 - ignored)
+                known += (label != self.ignore_index) * weight
+                total += weight
+        return Labelled(inside, known / total)
 
 
 def within(points: Tensor, extent: tuple[float, float]) -> Tensor:
-    """Points of an image -> of a map of which the image takes the share `extent`, (height, width)."""
+    """Points of an image -> of a map of which it takes the share `extent`, (height, width)."""
     height, width = extent
     if (height, width) == (1, 1):
         return points
@@ -275,4 +277,4 @@ def match(costs: Tensor) -> Tensor:
             image = np.full_like(query, number)
             matches.append(np.stack([image, query, present[place]], axis=1))
         rows.append(np.concatenate(matches))
-    return cast("Tensor", torch.from_numpy(np.stack(rows)))
+    return torch.from_numpy(np.stack(rows))

@@ -63,7 +63,7 @@ class ViT(nn.Module):
         self.cls_token, self.reg_token = network.cls_token, network.reg_token
         self.pos_embed: nn.Parameter | None = network.pos_embed
         self.rope = getattr(network, "rope", None)
-        self.blocks = network.blocks
+        self.blocks: Any = network.blocks
         self.norm = network.norm
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -141,7 +141,7 @@ class ViT(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
         self.adopt_grid(state_dict.get(f"{prefix}pos_embed"))
-        super()._load_from_state_dict(state_dict, prefix, *arguments)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def depth_of(self, name: str) -> int:
         """How deep a parameter lies: 0 what makes tokens, i + 1 block i, the last + 1 the norm."""

@@ -353,7 +353,7 @@ def test_uncertain_points_are_chosen_among_the_labelled() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_parts_of_a_batch_add_up(kind: str) -> None:
     network = build(kind, drop_path=0.3).double().train()
-    network.advance(0.4)
+    network.advance(0.25)
     images, target, keys = batch()
     target[0, :20] = 255
     divisors = network.count(target)
@@ -377,7 +377,7 @@ def test_gradient_reaches_every_parameter_with_and_without_recomputing(kind: str
     gradients = []
     for with_cp in (False, True):
         network = build(kind, with_cp=with_cp, drop_path=0.2).double().train()
-        network.advance(0.5)
+        network.advance(0.25)
         images, target, keys = batch()
         outputs = network(images, keys)
         torch.stack(
@@ -403,7 +403,7 @@ def test_without_a_label_every_gradient_is_zero() -> None:
 
 def test_draws_follow_from_keys() -> None:
     network = build().train()
-    network.advance(0.4)
+    network.advance(0.25)
     assert 0 < network.attn_mask_probs[0] < 1
     images, _, keys = batch()
     images = images.float()
@@ -578,7 +578,10 @@ def test_published_weights_are_resampled_to_patches_of_16() -> None:
     vit.load_state_dict(vit.translated(published))
     assert torch.equal(vit.pos_embed, published["pos_embed"])
     # A flat image means the same to a patch of any size.
-    sums = [w.sum(dim=(2, 3)) for w in (vit.patch_embed.proj.weight, published["patch_embed.proj.weight"])]
+    sums = [
+        w.sum(dim=(2, 3))
+        for w in (vit.patch_embed.proj.weight, published["patch_embed.proj.weight"])
+    ]
     assert torch.allclose(*sums, atol=1e-3)
 
 
