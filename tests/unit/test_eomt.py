@@ -569,20 +569,53 @@ def test_a_vit_is_that_of_timm(kind: str) -> None:
     assert padded.shape == (1, 32, 4, 2)
 
 
-def test_published_weights_are_resampled_to_patches_of_16() -> None:
+def published(kind: str, meta: bool) -> dict[str, Tensor]:
+    """Weights as timm publishes them, or Meta: under other names, DINOv2's for patches of 14."""
     import timm
 
-    published = timm.create_model(TINY[NAMES["dinov2"]], num_classes=0, **TINY_SIZES).state_dict()
-    assert published["patch_embed.proj.weight"].shape[2:] == (14, 14)
-    vit = ViT(NAMES["dinov2"])
-    vit.load_state_dict(vit.translated(published))
-    assert torch.equal(vit.pos_embed, published["pos_embed"])
-    # A flat image means the same to a patch of any size.
-    sums = [
-        w.sum(dim=(2, 3))
-        for w in (vit.patch_embed.proj.weight, published["patch_embed.proj.weight"])
-    ]
-    assert torch.allclose(*sums, atol=1e-3)
+    network = timm.create_model(TINY[NAMES[kind]], num_classes=0, **TINY_SIZES)
+    weights = network.state_dict()
+    if not meta:
+        return weights
+    weights = dict(weights, mask_token=torch.zeros(1, 32))
+    if kind == "dinov2":
+        weights["register_tokens"] = weights.pop("reg_token")
+        positions = torch.cat([torch.zeros(1, 1, 32), weights["pos_embed"]], dim=1)
+        return weights | {"pos_embed": positions}
+    weights["storage_tokens"] = weights.pop("reg_token")
+    for name in [name for name in weights if name.endswith("q_bias")]:
+        query, value = weights.pop(name), weights.pop(name.replace("q_bias", "v_bias"))
+        both = torch.cat([query, torch.zeros(32), value])
+        weights[name.replace("q_bias", "qkv.bias")] = both
+    for name in [name for name in weights if ".gamma_" in name]:
+        weights[name.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")] = weights.pop(
+            name
+        )
+    return weights
+
+
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_published_weights_fit(kind: str, meta: bool, tmp_path: Any) -> None:
+    given = published(kind, meta)
+    torch.save(given, tmp_path / "weights.pth")
+    vit, _ = build_backbone(backbone(kind, pretrained=str(tmp_path / "weights.pth")))
+    own = vit.state_dict()
+    assert torch.equal(own["blocks.3.mlp.fc1.weight"], given["blocks.3.mlp.fc1.weight"])
+    kernels = [weights["patch_embed.proj.weight"] for weights in (own, given)]
+    if kind == "dinov2":
+        assert given["patch_embed.proj.weight"].shape[2:] == (14, 14)
+        assert torch.equal(own["pos_embed"], given["pos_embed"][:, -37 * 37 :])
+        # A flat image means the same to a patch of any size.
+        assert torch.allclose(*(kernel.sum(dim=(2, 3)) for kernel in kernels), atol=1e-3)
+    else:
+        assert torch.equal(*kernels)
+
+
+def test_weights_of_another_backbone_are_refused(tmp_path: Any) -> None:
+    torch.save(published("dinov3", meta=False), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="missing or have another shape"):
+        build_backbone(backbone("dinov2", pretrained=str(tmp_path / "weights.pth")))
 
 
 def test_depths_and_rates_are_those_of_eomt() -> None:
