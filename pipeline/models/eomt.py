@@ -200,7 +200,8 @@ class EoMT(Network):
         for start in range(0, size[0], BAND):
             rows = slice(start, start + BAND)
             chances = along.take(down.take(masks, 2, rows), 3).sigmoid()
-            scores[:, :, rows] = torch.einsum("nqc,nqhw->nchw", shares, chances)
+            with torch.autocast(masks.device.type, enabled=False):
+                scores[:, :, rows] = torch.einsum("nqc,nqhw->nchw", shares, chances)
         return scores
 
     def probabilities(self, scores: Tensor) -> Tensor:

@@ -521,8 +521,10 @@ def test_bf16_keeps_points_and_losses_exact() -> None:
     assert terms["class"].item() == pytest.approx(reference["class"].item(), rel=0.1)
     network.eval()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        scores = network.scores(network(images.float()), (48, 64))
+        outputs = network(images.float())
+        scores = network.scores(outputs, (48, 64))
     assert scores.dtype == torch.float32
+    assert torch.equal(scores, network.scores(outputs, (48, 64)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
