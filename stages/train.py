@@ -65,8 +65,8 @@ def run(params: Params, device: torch.device) -> None:
             log.setLevel(logging.ERROR)  # the first process says it for all
         distributed.barrier()
         distributed.seed_everything(options.seed, options.deterministic)
-        learner = build(params, store, device, pretrained=starts_anew(params, state))
-        progress = resume(params, store, state, learner)
+        checkpoint, progress = starting_point(params, state)
+        learner = build(params, store, checkpoint, device)
         tracker = open_run(params, store, state, progress) if first else Tracker()
         rare = options.rare_class_temperature
         try:
@@ -140,23 +140,71 @@ def take_over(params: Params, store: Store, state: State) -> None:
         )
 
 
-def starts_anew(params: Params, state: State) -> bool:
-    """Whether pretrained weights are needed: a checkpoint would replace them at once."""
+def starting_point(params: Params, state: State) -> tuple[Checkpoint | None, Progress]:
+    """The checkpoint that the training goes on from, if there is one, and how far it was."""
     options = params.train
-    return not (state.exists or options.resume_from or (options.load_from and options.load_strict))
+    if state.exists:
+        saved = state.load()
+        checkpoint = saved["checkpoint"]
+        progress = Progress(
+            checkpoint["iteration"], checkpoint["best"], saved["history"], saved["means"]
+        )
+    elif options.resume_from:
+        path, *best = start_files(options)
+        checkpoint = load_checkpoint(path)
+        trained = checkpoint["params"]["train"]["optimizer"]
+        if trained != options.optimizer:
+            raise ValueError(
+                f"train.resume_from: {path} was trained by {trained}, not {options.optimizer}; "
+                "set train.optimizer to it, or take the weights alone by train.load_from"
+            )
+        if checkpoint["iteration"] >= options.total:
+            raise ValueError(
+                f"train.resume_from: {path} has done {checkpoint['iteration']} iterations; "
+                f"train.iterations {options.total} must be more"
+            )
+        progress = Progress(checkpoint["iteration"])
+        progress.means["since"] = progress.iteration
+        if best and options.validation:
+            progress.best = adopt_best(best[0], checkpoint, state)
+    else:
+        return None, Progress()
+    log.info("continuing at iteration %d", checkpoint["iteration"])
+    return checkpoint, progress
 
 
-def build(params: Params, store: Store, device: torch.device, *, pretrained: bool) -> Learner:
-    """The network on its device, in parallel with those of the other processes, and its learner."""
+def adopt_best(path: Path, checkpoint: Checkpoint, state: State) -> Best | None:
+    """The best score so far, if the file beside the checkpoint holds the weights that had it."""
+    best = load_checkpoint(path)
+    if best["best"] is None or best["best"] != checkpoint["best"]:
+        return None
+    if distributed.rank() == 0:
+        state.save_best(best)
+    return best["best"]
+
+
+def build(
+    params: Params, store: Store, checkpoint: Checkpoint | None, device: torch.device
+) -> Learner:
+    """The network, from where it starts, in parallel with the other processes', and its learner."""
     options, section = params.train, params.model
-    if not pretrained:
-        section = without_pretrained(section)
+    if checkpoint is not None or (options.load_from and options.load_strict):
+        section = without_pretrained(section)  # it would be replaced at once
     precision = PRECISIONS[options.precision]
-    network = build_model(section, Labels(len(store.classes), store.ignore_index, store.frequency))
+    labels = Labels(len(store.classes), store.ignore_index, store.frequency)
+    network = build_model(section, labels)
+    if checkpoint is not None:
+        fill(network, checkpoint["model"], "the checkpoint to go on from")
+    elif options.load_from:
+        (path,) = start_files(options)
+        load_weights(network, path, options.load_strict, store.classes)
     network.to(device, precision.weights).to(memory_format=torch.channels_last)
     model = distributed.parallelize(network, device)
     normalize = Normalization(section.mean, section.std, precision=precision, device=device)
-    return build_learner(model, network, normalize, options)
+    learner = build_learner(model, network, normalize, options)
+    if checkpoint is not None:
+        learner.restore(checkpoint)
+    return learner
 
 
 def without_pretrained(section: ModelParams) -> ModelParams:
@@ -174,55 +222,6 @@ def describe(params: Params, store: Store) -> Description:
         frequency=store.frequency,
         params=result_of(params),
     )
-
-
-def resume(params: Params, store: Store, state: State, learner: Learner) -> Progress:
-    """Fill the learner from where the training starts."""
-    options, network = params.train, learner.network
-    if state.exists:
-        saved = state.load()
-        checkpoint = saved["checkpoint"]
-        fill(network, checkpoint["model"], "the saved state")
-        progress = Progress(
-            checkpoint["iteration"], checkpoint["best"], saved["history"], saved["means"]
-        )
-    elif options.resume_from:
-        path, *best = start_files(options)
-        checkpoint = load_checkpoint(path)
-        fill(network, checkpoint["model"], str(path))
-        trained = checkpoint["params"]["train"]["optimizer"]
-        if trained != options.optimizer:
-            raise ValueError(
-                f"train.resume_from: {path} was trained by {trained}, not {options.optimizer}; "
-                "set train.optimizer to it, or take the weights alone by train.load_from"
-            )
-        if checkpoint["iteration"] >= options.total:
-            raise ValueError(
-                f"train.resume_from: {path} has done {checkpoint['iteration']} iterations; "
-                f"train.iterations {options.total} must be more"
-            )
-        progress = Progress(checkpoint["iteration"])
-        progress.means["since"] = progress.iteration
-        if best and options.validation:
-            progress.best = adopt_best(best[0], checkpoint, state)
-    else:
-        if options.load_from:
-            (path,) = start_files(options)
-            load_weights(network, path, options.load_strict, store.classes)
-        return Progress()
-    learner.restore(checkpoint)
-    log.info("continuing at iteration %d", checkpoint["iteration"])
-    return progress
-
-
-def adopt_best(path: Path, checkpoint: Checkpoint, state: State) -> Best | None:
-    """The best score so far, if the file beside the checkpoint holds the weights that had it."""
-    best = load_checkpoint(path)
-    if best["best"] is None or best["best"] != checkpoint["best"]:
-        return None
-    if distributed.rank() == 0:
-        state.save_best(best)
-    return best["best"]
 
 
 def open_log(work_dir: Path, state: State) -> None:
