@@ -157,9 +157,7 @@ class EoMT(Network):
         x, rope, grid = self.backbone.tokens(images)
         extent = (images.shape[2] / (PATCH * grid[0]), images.shape[3] / (PATCH * grid[1]))
         first = len(self.backbone.blocks) - self.params.num_blocks
-        masked = [True] * self.params.num_blocks
-        if not self.training:  # a wait for the device, which saves most of what the queries cost
-            masked = (self.attn_mask_probs >= 0.5).tolist()
+        masked = [True] * self.params.num_blocks if self.training else self._likely_masked()
         predictions = []
         for number, block in enumerate(self.backbone.blocks, start=-first):
             mask = None
@@ -171,6 +169,14 @@ class EoMT(Network):
             x = self.backbone.apply_block(block, x, rope, mask)
         predictions.append(self._predict(x, grid))
         return Outputs(predictions, extent)
+
+    def _likely_masked(self) -> list[bool]:
+        """For each of the last blocks, whether a query is rather masked there than not.
+
+        This waits for the device, and saves most of what the queries cost in evaluation.
+        """
+        likely: list[bool] = (self.attn_mask_probs >= 0.5).tolist()
+        return likely
 
     def _predict(self, x: Tensor, grid: tuple[int, int]) -> Prediction:
         """What the tokens (N,L,width) mean so far; masks have stride 4."""
