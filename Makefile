@@ -1,18 +1,28 @@
 # make repro: from a fresh clone to a trained, evaluated, tracked model. make test: the whole test suite.
+# make check: before a commit. make coverage: the whole suite, and what it reaches.
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install repro test lint ui lock
+.PHONY: install repro check test coverage lint ui lock
 
 install: $(INSTALLED)
 
 repro: $(INSTALLED)
 	dvc repro
 
+check: lint
+	python -m pytest -m "not slow" --durations 5 --durations-min 1
+
 test: $(INSTALLED)
 	python -m pytest
+
+coverage: $(INSTALLED)
+	coverage erase
+	coverage run -m pytest
+	coverage combine --quiet
+	coverage report
 
 lint: $(INSTALLED)
 	ruff check

@@ -11,6 +11,7 @@ from pipeline.models import build_model
 from tests.unit.sections import params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["efficientnet_lite0", "resnet18"])
 def test_a_synchronous_network_is_the_same_function(backbone: str) -> None:
     changes = {"model.backbone.name": backbone, "model.backbone.pretrained": None}
