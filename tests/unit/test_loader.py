@@ -143,6 +143,7 @@ def batches(split: Split, workers: int) -> list[list[np.ndarray]]:
     return [[part.numpy() for part in batch] for batch in loader]
 
 
+@pytest.mark.slow
 def test_workers_change_no_bit_of_a_batch(split: Split):
     # In a process of its own: a fork of this one would copy the threads of OpenCV and torch.
     with ProcessPoolExecutor(1, get_context("spawn")) as fresh:

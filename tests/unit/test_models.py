@@ -329,6 +329,7 @@ def test_the_packaged_weights_are_loaded_under_the_right_names():
     assert 0.01 < features[-1].detach().std() < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "resnet50c", "efficientnet_lite0", "mit_b0"])
 def test_activation_checkpointing_changes_nothing(name: str):
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)

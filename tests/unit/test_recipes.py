@@ -266,6 +266,7 @@ def test_values_are_replaced_whatever_their_form(tmp_path: Path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_trains_two_iterations(name: str, tmp_path: Path):
     tree = plain(resolved(name, tmp_path))
