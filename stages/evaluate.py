@@ -61,7 +61,7 @@ def run(params: Params, device: torch.device) -> None:
     folder = work_dir / "evaluation"
     write_plots(folder, scores, confusion, store)
     write_overlays(folder / "overlays", predictor, split, choose(image_scores), store)
-    record(params, store, identity, checkpoint, scores, folder)
+    record(params, store, identity, scores, folder)
     ours, theirs = scores["mean_iou"], scores["baseline"]["mean_iou"]
     print(f"{params.evaluation.split}: mean IoU {ours:.4f} (the colour rule: {theirs:.4f})")
 
@@ -86,7 +86,6 @@ def record(
     params: Params,
     store: Store,
     identity: dict[str, Any],
-    checkpoint: Checkpoint,
     scores: dict[str, Any],
     folder: Path,
 ) -> None:
@@ -109,11 +108,10 @@ def record(
         tags,
         (store.name, store.md5, str(PREPARED)),
     )
-    split = params.evaluation.split
-    # MLflow draws one step that is equal in all runs as bars; val is a curve over the iterations.
-    step = checkpoint["iteration"] if split == "val" else 0
-    named = {f"{split}/{name}": score for name, score in flatten(scores).items()}
-    tracker.log({"iteration": step, **named})
+    # Not under the split's name: val/ holds the training's validation, at one scale, unflipped.
+    # At step 0 always: MLflow draws one step that is equal in all runs as bars.
+    named = {f"evaluation/{name}": score for name, score in flatten(scores).items()}
+    tracker.log({"iteration": 0, **named})
     tracker.log_artifacts([*sorted(folder.glob("*.tsv")), METRICS], "evaluation")
     tracker.log_artifacts([folder / "overlays"], "evaluation/overlays")
     tracker.finish("FINISHED")
