@@ -149,7 +149,8 @@ def open_run(params: Params, store: Store, state: State, progress: Progress) -> 
 def write_outputs(work_dir: Path, state: State, tracker: Tracker) -> None:
     """Hand DVC the checkpoints, the curves and the run's identity; MLflow gets the same files."""
     state.write_outputs(work_dir)
-    identity = {"run_id": tracker.run_id, "fingerprint": state.fingerprint}
+    run_id = tracker.run_id or state.run_id  # which an attempt may have opened before this one
+    identity = {"run_id": run_id, "fingerprint": state.fingerprint}
     (work_dir / "run.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
     tracker.log_artifacts(sorted((work_dir / "checkpoints").iterdir()), "checkpoints")
     tracker.log_artifacts([work_dir / "train.log"], "")
