@@ -10,7 +10,9 @@ import logging
 import os
 import queue
 import re
+import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -219,6 +221,51 @@ class MlflowTracker(Tracker):
             self._reported = True
 
 
+@contextmanager
+def tracked(tracker: Tracker) -> Iterator[None]:
+    """Do the work of a `with` block, and end the tracker's run as the work ends.
+
+    FINISHED where the block ends, FAILED by an error, KILLED by Ctrl-C or SIGTERM. A thread ends
+    run and process after a signal, and not the main one, which may be waiting inside of torch for
+    a rank that the same signal has ended.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def end_when_told() -> None:
+        while (number := int.from_bytes(os.read(reader, 1))) not in signals:
+            if not number:  # the block has ended
+                return
+        log.warning(
+            "ended by %s; the same command goes on from the last checkpoint",
+            signal.Signals(number).name,
+        )
+        tracker.finish("KILLED")
+        sys.stdout.flush()
+        os._exit(128 + number)
+
+    thread = threading.Thread(target=end_when_told, name="signals", daemon=True)
+    thread.start()
+    before = {number: signal.signal(number, lambda *_: None) for number in signals}
+    descriptor = signal.set_wakeup_fd(writer)
+    try:
+        yield
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    else:
+        tracker.finish("FINISHED")
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.write(writer, b"\0")
+        thread.join()
+        os.close(reader)
+        os.close(writer)
+
+
 def open_training_run(
     params: TrackingParams,
     run_id: str | None,
@@ -240,7 +287,7 @@ def open_training_run(
                 run = client.create_run(experiment, run_name=name)
                 remember(run.info.run_id)
             else:
-                client.update_run(run.info.run_id, status="RUNNING")
+                _continue(client, run, name, tags)
     except Exception as error:
         return _untracked(error)
     describe = partial(_describe, client, run, parameters, tags, dataset)
@@ -441,6 +488,18 @@ def _find(client: "MlflowClient", run_id: str | None) -> "Run | None":
             raise
         return None
     return run if run.info.lifecycle_stage == "active" else None
+
+
+def _continue(client: "MlflowClient", run: "Run", name: str, tags: dict[str, str]) -> None:
+    """Open a run again, under the name of the DVC experiment that goes on with it.
+
+    Within one experiment the run keeps its name: a user may have given it another.
+    """
+    held = run.data.tags
+    moved = held.get("dvc.exp_name") != tags.get("dvc.exp_name")
+    client.update_run(run.info.run_id, status="RUNNING", name=name if moved else None)
+    for stale in (DVC_TAGS.keys() & held.keys()) - tags.keys():
+        client.delete_tag(run.info.run_id, stale)
 
 
 def _sample_load(client: "MlflowClient", run: "Run") -> Any:

@@ -14,7 +14,7 @@ from pipeline.data.store import PREPARED, Store
 from pipeline.data.transforms import DTYPES
 from pipeline.models import build_model
 from pipeline.params import ModelParams, Params, flatten, load_params, plain
-from pipeline.tracking import Tracker, dvc_tags, git_tags, open_training_run
+from pipeline.tracking import Tracker, dvc_tags, git_tags, open_training_run, tracked
 from pipeline.training.checkpoint import fill, load_checkpoint, load_weights
 from pipeline.training.loop import Progress, train
 from pipeline.training.optimization import Learner, build_learner
@@ -57,14 +57,10 @@ def run(params: Params, device: torch.device) -> None:
         learner = build_learner(model, options, device)
         progress = resume(params, store, state, learner)
         tracker = open_run(params, store, state, progress) if first else Tracker()
-        try:
+        with tracked(tracker):
             train(params, store, learner, progress, device, state, tracker.log)
             if first:
                 write_outputs(Path(options.work_dir), state, tracker)
-        except BaseException:
-            tracker.finish("FAILED")
-            raise
-        tracker.finish("FINISHED")
 
 
 def first_weights(params: Params, saved: bool) -> ModelParams:

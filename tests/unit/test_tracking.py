@@ -21,7 +21,7 @@ from mlflow.utils.validation import _validate_metric_name
 
 from pipeline import tracking
 from pipeline.params import TrackingParams
-from pipeline.tracking import Tracker, metric_name, open_evaluation_run, open_training_run
+from pipeline.tracking import Tracker, metric_name, open_evaluation_run, open_training_run, tracked
 from tests.project import REPOSITORY, environment
 
 PARAMS = TrackingParams(uri=None, experiment="tests", log_interval=1)
@@ -161,7 +161,8 @@ def test_a_server_that_is_away_delays_the_start_by_seconds(
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused.getsockname()[1]}")
         began = time.monotonic()
-        start(folder).finish("FINISHED")
+        with tracked(start(folder)):
+            pass
         assert time.monotonic() - began < 20
     (line,) = caplog.messages
     assert "tracked nowhere" in line
@@ -235,3 +236,35 @@ def test_what_is_lost_is_said_in_one_line(
     tracker.finish("FINISHED")
     _, line = caplog.messages
     assert "lacks 14 points, its end, 3 files: the disk of the store is full" in line
+
+
+def test_an_error_in_the_training_fails_its_run(folder: Path) -> None:
+    with pytest.raises(ZeroDivisionError), tracked(start(folder)):
+        raise ZeroDivisionError
+    assert rows(folder, "SELECT status FROM runs") == [("FAILED",)]
+    with tracked(start(folder)):
+        assert rows(folder, "SELECT status FROM runs") == [("RUNNING",)]
+    assert rows(folder, "SELECT status FROM runs") == [("FINISHED",)]
+
+
+def test_a_run_has_the_name_and_the_tags_of_the_experiment_that_goes_on_with_it(
+    folder: Path,
+) -> None:
+    def named() -> tuple[str, dict[str, str]]:
+        ((name,),) = rows(folder, "SELECT name FROM runs")
+        tags = dict(rows(folder, "SELECT key, value FROM tags"))
+        assert tags.pop("mlflow.runName") == name
+        return name, {key: value for key, value in tags.items() if key.startswith("dvc.")}
+
+    first = {"dvc.exp_name": "first", "dvc.baseline_rev": "1"}
+    start(folder, "first", **first).finish("KILLED")
+    MlflowClient(f"sqlite:///{folder}/mlflow.db").update_run(
+        (folder / "run_id").read_text(), name="by hand"
+    )
+    start(folder, "first", **first).finish("KILLED")
+    assert named() == ("by hand", first)
+    second = {"dvc.exp_name": "second", "dvc.baseline_rev": "2"}
+    start(folder, "second", **second).finish("KILLED")
+    assert named() == ("second", second)
+    start(folder, "plain").finish("KILLED")
+    assert named() == ("plain", {})
