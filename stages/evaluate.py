@@ -73,14 +73,7 @@ def run(params: Params, device: torch.device) -> None:
     folder = work_dir / "evaluation"
     write_plots(folder, scores, confusion, store)
     write_overlays(folder / "overlays", predictor, split, choose(image_scores), store)
-    record(
-        params,
-        store,
-        identity=identity,
-        checkpoint=checkpoint,
-        scores=scores,
-        folder=folder,
-    )
+    record(params, store, identity=identity, scores=scores, folder=folder)
     print(summary)
 
 
@@ -113,7 +106,6 @@ def record(
     store: Store,
     *,
     identity: dict[str, Any],
-    checkpoint: Checkpoint,
     scores: dict[str, Any],
     folder: Path,
 ) -> None:
@@ -136,11 +128,10 @@ def record(
         tags,
         (store.name, store.md5, str(PREPARED)),
     )
-    split = params.evaluation.split
-    # MLflow draws one step that is equal in all runs as bars; val is a curve over the iterations.
-    step = checkpoint["iteration"] if split == "val" else 0
-    named = {f"{split}/{name}": score for name, score in flatten(scores).items()}
-    tracker.log({"iteration": step, **named})
+    # Not under the split's name: val/ holds the training's validation, at one scale, unflipped.
+    # At step 0 always: MLflow draws one step that is equal in all runs as bars.
+    named = {f"evaluation/{name}": score for name, score in flatten(scores).items()}
+    tracker.log({"iteration": 0, **named})
     tracker.log_artifacts([*sorted(folder.glob("*.tsv")), METRICS], "evaluation")
     tracker.log_artifacts([folder / "overlays"], "evaluation/overlays")
     tracker.finish("FINISHED")

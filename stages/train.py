@@ -21,7 +21,7 @@ from pipeline.models import ModelParams, build_model
 from pipeline.models.network import Labels
 from pipeline.params import flatten, plain
 from pipeline.precision import PRECISIONS, Normalization
-from pipeline.tracking import Tracker, dvc_tags, git_tags, open_training_run
+from pipeline.tracking import Tracker, dvc_tags, git_tags, open_training_run, tracked
 from pipeline.training.checkpoint import (
     Best,
     Checkpoint,
@@ -69,7 +69,7 @@ def run(params: Params, device: torch.device) -> None:
         learner = build(params, store, checkpoint, device)
         tracker = open_run(params, store, state, progress) if first else Tracker()
         rare = options.rare_class_temperature
-        try:
+        with tracked(tracker):
             train(
                 learner,
                 progress,
@@ -101,10 +101,6 @@ def run(params: Params, device: torch.device) -> None:
             )
             if first:
                 write_outputs(Path(options.work_dir), state, tracker)
-        except BaseException:
-            tracker.finish("FAILED")
-            raise
-        tracker.finish("FINISHED")
 
 
 def result_of(params: Params) -> dict[str, Any]:
@@ -265,7 +261,8 @@ def open_run(params: Params, store: Store, state: State, progress: Progress) -> 
 def write_outputs(work_dir: Path, state: State, tracker: Tracker) -> None:
     """Hand DVC the checkpoints, the curves and the run's identity; MLflow gets the same files."""
     state.write_outputs(work_dir)
-    identity = {"format": FORMAT, "run_id": tracker.run_id, "fingerprint": state.fingerprint}
+    run_id = tracker.run_id or state.run_id  # which an attempt may have opened before this one
+    identity = {"format": FORMAT, "run_id": run_id, "fingerprint": state.fingerprint}
     (work_dir / "run.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
     tracker.log_artifacts(sorted((work_dir / "checkpoints").iterdir()), "checkpoints")
     tracker.log_artifacts([work_dir / "train.log"], "")

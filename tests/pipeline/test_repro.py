@@ -92,8 +92,7 @@ def test_every_number_leads_back(project: Path) -> None:
     logged = points(project, run_id)
     assert {step for name, step in logged if name == "train/loss"} == set(range(1, 9))
     assert {step for name, step in logged if name == "val/mean_iou"} == {4, 8}
-    (test,) = [value for (name, _), value in logged.items() if name == "test/mean_iou"]
-    assert test == metrics(project)["mean_iou"]
+    assert logged["evaluation/mean_iou", 0] == metrics(project)["mean_iou"]
     artifacts = project / "mlartifacts" / run_id / "artifacts"
     weights = (artifacts / "checkpoints/best.pt").read_bytes()
     assert weights == (project / "outputs/checkpoints/best.pt").read_bytes()
@@ -136,8 +135,7 @@ def test_another_evaluation_is_another_run(project: Path) -> None:
     assert (points(project, first), parameters(project, first), tags(project, first)) == before
     assert tags(project, second)["mlflow.parentRunId"] == first
     assert parameters(project, second)["evaluation.flip"] == "True"
-    (test,) = [v for (name, _), v in points(project, second).items() if name == "test/mean_iou"]
-    assert test == metrics(project)["mean_iou"]
+    assert points(project, second)["evaluation/mean_iou", 0] == metrics(project)["mean_iou"]
     set_params(project, {"evaluation.flip": False})
     dvc(project, "repro")
     assert len(runs(project)) == 2
@@ -204,4 +202,4 @@ def test_a_checkpoint_of_mmsegmentation_is_measured_without_training(project: Pa
     assert {path.name for path in (project / "outputs/checkpoints").iterdir()} == {"last.pt"}
     run_id = json.loads((project / "outputs/run.json").read_text())["run_id"]
     assert parameters(project, run_id)["train.load_from"] == "pspnet.pth"
-    assert points(project, run_id)["test/mean_iou", 0] == before["mean_iou"]
+    assert points(project, run_id)["evaluation/mean_iou", 0] == before["mean_iou"]

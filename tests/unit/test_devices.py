@@ -1,4 +1,4 @@
-"""Every network on a GPU that is not there: torch's fake tensors know their device, not their values.
+"""Every network on a GPU that is not there: fake tensors know their device, not their values.
 
 An operation on tensors of two devices fails here as it would on a GPU, and so does whatever waits
 for a value (`.item()`, a mask of unknown size). What fake tensors can't do is the backward pass.
