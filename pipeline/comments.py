@@ -1,6 +1,9 @@
 """YAML files as they are read and written again: other values, and the comments still in place."""
 
 import io
+import re
+import sys
+import textwrap
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,11 +32,26 @@ def write_commented(document: CommentedMap) -> str:
     `dvc exp run -S` leaves nothing for null, and lists in lines of their own below the comment.
     """
     yaml = YAML()
-    yaml.width = 100
+    yaml.width = sys.maxsize
     yaml.Representer = _Representer
     stream = io.StringIO()
     yaml.dump(document, stream)
-    return stream.getvalue()
+    return re.sub(r"(?m)^ *[\w.]+: \[[^#\n]{80,}\](?= #|$)", _broken, stream.getvalue())
+
+
+def _broken(line: re.Match[str]) -> str:
+    """A key and its list in lines of at most 100 columns, of a list of lists each in one."""
+    text = line[0]
+    between = r"(?<=\],) " if ": [[" in text else r"(?<=,) "
+    items = (item.replace(" ", "\0") for item in re.split(between, text))
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    return textwrap.fill(
+        " ".join(items),
+        width=100,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    ).replace("\0", " ")
 
 
 class _Representer(RoundTripRepresenter):

@@ -158,7 +158,8 @@ def report(name: str, recipe: Recipe, before: dict[str, Any], after: dict[str, A
         if key not in before or key not in after or before[key] != after[key]:
             print(f"  {key}: {_short(before, key)} -> {_short(after, key)}")
     print("Left as they were:")
-    for key in after.keys() - flatten(recipe.values).keys():
+    ours = flatten(recipe.values)
+    for key in (key for key in after if key not in ours):
         print(f"  {key}: {_short(after, key)}")
     print("Next:")
     for step in recipe.next:
