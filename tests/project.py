@@ -15,24 +15,24 @@ from ruamel.yaml import YAML
 REPOSITORY = Path(__file__).resolve().parents[1]
 STARTED_BY_OTHERS = ("DVC_", "MLFLOW_", "TORCHELASTIC_", "GIT_")
 
+ABSENT = object()  # a key that is not to stand in params.yaml
+
 # A training of seconds, on photographs of mixed sizes.
 SMALL = {
     "data.name": "feet",
-    "data.format": "pairs",
+    "data.format.name": "pairs",
     "data.root": "data/feet",
     "data.classes": ["background", "foot", "arch"],
-    "data.splits.source": "given",
+    "data.format.splits.source": "given",
     "augmentation.crop_size": [32, 32],
     "augmentation.ratio_range": [0.5, 2.0],
     "augmentation.photometric": True,
-    "model.name": "pspnet",
+    "model.head.name": "pspnet",
     "model.backbone.name": "resnet18",
     "model.backbone.output_stride": 8,
     "model.backbone.pretrained": None,
-    "model.backbone.drop_path": 0.0,
-    "model.dropout": 0.1,
-    "model.aux_weight": 0.4,
-    "model.pspnet.channels": 16,
+    "model.head.channels": 16,
+    "model.head.dropout": 0.1,
     "train.workers": 0,
     "train.seed": 0,
     "train.batch_size": 4,
@@ -43,6 +43,7 @@ SMALL = {
     "train.schedule.warmup_iters": 2,
     "train.checkpoint.interval": 4,
     "evaluation.interval": 4,
+    "evaluation.baseline": None,
     "tracking.log_interval": 1,
 }
 
@@ -51,15 +52,15 @@ SMALL = {
 NETWORKS: dict[str, dict[str, object]] = {
     "pspnet": {},
     "pointrend": {
-        "model.name": "pointrend",
+        "model.head.name": "pointrend",
+        "model.head.train_points": 64,
         "model.backbone.name": "resnet18c",
         "model.backbone.output_stride": 32,
-        "model.pointrend.train_points": 64,
         "augmentation.crop_size": [64, 64],
-        "model.aux_weight": 0.0,
     },
     "segformer": {
-        "model.name": "segformer",
+        "model.head.name": "segformer",
+        "model.head.aux_weight": 0.4,
         "model.backbone.name": "mit_b0",
         "model.backbone.output_stride": 32,
         "model.backbone.drop_path": 0.2,
@@ -67,19 +68,19 @@ NETWORKS: dict[str, dict[str, object]] = {
     },
     # Its BN carries the activation; random weights would leave means of 0, and only rounding.
     "lite0": {
-        "model.name": "unet",
+        "model.head.name": "unet",
+        "model.head.channels": [128, 64, 48, 32, 16],
         "model.backbone.name": "efficientnet_lite0",
         "model.backbone.output_stride": 32,
         "model.backbone.pretrained": "imagenet",
-        "model.aux_weight": 0.0,
         "train.iterations": 5,
     },
     "library": {
-        "model.name": "smp.FPN",
+        "model.head.name": "smp.FPN",
+        "model.head.channels": ABSENT,
+        "model.head.dropout": ABSENT,
         "augmentation.crop_size": [64, 64],
         "model.backbone.output_stride": 32,
-        "model.dropout": 0.0,
-        "model.aux_weight": 0.0,
         "train.iterations": 5,
     },
 }
@@ -124,7 +125,10 @@ def draw_feet(root: Path, counts: dict[str, int]) -> None:
 
 
 def set_params(project: Path, changes: dict[str, object]) -> None:
-    """Change params.yaml, key by dotted key."""
+    """Change params.yaml, key by dotted key, in their order.
+
+    The name of a head or a format takes the keys of the one before it away.
+    """
     yaml = YAML()
     path = project / "params.yaml"
     document = yaml.load(path)
@@ -132,9 +136,12 @@ def set_params(project: Path, changes: dict[str, object]) -> None:
         *sections, key = name.split(".")
         section = document
         for part in sections:
-            section = section[part]
-        assert key in section, name
+            section = section.setdefault(part, {})
+        if key == "name" and sections[-1] in ("head", "format"):
+            section.clear()
         section[key] = value
+        if value is ABSENT:
+            del section[key]
     yaml.dump(document, path)
 
 

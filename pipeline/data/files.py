@@ -93,7 +93,8 @@ def read_colours(path: Path, color_map: Sequence[tuple[int, int, int]]) -> Array
     mode, colours = _read_target(path, "RGB")
     if mode not in ("RGB", "RGBA", "P"):
         raise ValueError(
-            f"{path}: data.format.color_map needs coloured targets, and this is {mode}; set it to null"
+            f"{path}: data.format.color_map needs coloured targets, and this is {mode}; "
+            "set it to null"
         )
     red_green_blue = np.array([65536, 256, 1])
     pixels, known = colours @ red_green_blue, np.array(color_map) @ red_green_blue

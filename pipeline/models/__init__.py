@@ -1,6 +1,6 @@
 """Networks by the name of their head. A new head is a file beside this one and a line in HEADS."""
 
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from pydantic import SerializeAsAny, field_validator, model_validator
 

@@ -1,4 +1,4 @@
-"""How fast a training is, what it waits for, and how much memory it takes: no part of its result."""
+"""How fast a training is, what it waits for, how much memory it takes: no part of its result."""
 
 import sys
 import time

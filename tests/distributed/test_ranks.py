@@ -15,7 +15,7 @@ CHANGES = {
     "train.batch_size": 8,
     "train.accumulation": 2,
     "train.validate": False,
-    "model.dropout": 0.5,
+    "model.head.dropout": 0.5,
     "tracking.log_interval": 20,
 }
 
@@ -79,7 +79,7 @@ def test_processes_give_the_weights_of_one(project: Path, one_process: Path, gpu
 def test_two_processes_share_every_term_the_clipping_and_the_average(project: Path) -> None:
     changes = {
         "train.iterations": 5,
-        "train.loss": {
+        "model.loss": {
             "cross_entropy": 1.0,
             "ohem": 0.5,
             "dice": 0.5,

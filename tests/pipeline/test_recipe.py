@@ -26,8 +26,8 @@ def test_the_feets_recipe_trains_on_a_folder_of_photographs(tmp_path: Path) -> N
     dvc(project, "repro")
     checkpoint = torch.load(project / "outputs/checkpoints/best.pt", weights_only=True)
     assert checkpoint["classes"] == ["background", "foot", "arch"]
-    assert checkpoint["params"]["model"]["name"] == "pointrend"
-    assert checkpoint["params"]["train"]["loss"]["avg_non_ignore"] is False
+    assert checkpoint["params"]["model"]["head"]["name"] == "pointrend"
+    assert checkpoint["params"]["model"]["loss"]["avg_non_ignore"] is False
     assert any(name.startswith("decode_head.1.fcs.2.") for name in checkpoint["model"])
     assert metrics(project)["mean_iou"] >= 0
     summary = json.loads((project / "data/prepared/summary.json").read_text())["splits"]

@@ -4,21 +4,57 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.params import Params, read_yaml
+import torch
+
+from pipeline.experiment import Params
+from pipeline.models import ModelParams, build_model
+from pipeline.models.network import Labels, Network
+from pipeline.precision import PRECISIONS, Normalization
+from pipeline.training.optimization import Learner, build_learner
+from pipeline.yaml12 import read_yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
 
 
 def document(changes: dict[str, Any]) -> dict[str, Any]:
+    """params.yaml with changes; a changed name of a head or a format takes its keys away."""
     tree = read_yaml(REPOSITORY / "params.yaml")
+    for part in ("model.head", "data.format"):
+        if f"{part}.name" in changes:
+            section, key = part.split(".")
+            tree[section][key] = {}
     for name, value in changes.items():
         *sections, last = name.split(".")
         section = tree
         for part in sections:
-            section = section[part]
+            section = section.setdefault(part, {})
         section[last] = value
     return tree
 
 
 def params(changes: dict[str, Any]) -> Params:
     return Params.model_validate_json(json.dumps(document(changes)))
+
+
+def model_params(changes: dict[str, Any]) -> ModelParams:
+    """The section `model`, with changes by the names below it."""
+    tree = document({f"model.{name}": value for name, value in changes.items()})
+    return ModelParams.model_validate_json(json.dumps(tree["model"]))
+
+
+def labels(num_classes: int) -> Labels:
+    return Labels(num_classes, 255, [1 / num_classes] * num_classes)
+
+
+def build(section: ModelParams, num_classes: int) -> Network:
+    return build_model(section, labels(num_classes))
+
+
+def learner_of(given: Params, num_classes: int) -> Learner:
+    """What one process on the CPU trains, as stages/train.py builds it."""
+    precision = PRECISIONS[given.train.precision]
+    network = build(given.model, num_classes).to(CPU, precision.weights)
+    network.to(memory_format=torch.channels_last).train()
+    normalize = Normalization(given.model.mean, given.model.std, precision=precision, device=CPU)
+    return build_learner(network, network, normalize, given.train)

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -13,16 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline import disk
+from pipeline.disk import FORMAT, write_atomically
+from pipeline.models.weights import read_file
 from pipeline.training import state as state_module
-from pipeline.training.checkpoint import (
-    build_checkpoint,
-    fill,
-    load_checkpoint,
-    load_file,
-    save_checkpoint,
-    write_atomically,
-)
-from pipeline.training.state import KEPT_STATES, State
+from pipeline.training.checkpoint import Checkpoint, build_checkpoint, fill, load_checkpoint, save
+from pipeline.training.state import KEPT_DAYS, Entry, Means, Saved, State
 
 
 def trained(optimizer: type = torch.optim.AdamW) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -37,8 +34,15 @@ def trained(optimizer: type = torch.optim.AdamW) -> tuple[nn.Module, torch.optim
     return model, steps
 
 
+def checkpoint_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, about: dict
+) -> Checkpoint:
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    return build_checkpoint(states, iteration, about.get("best"), about)
+
+
 def written(path: Path, checkpoint: dict) -> bytes:
-    save_checkpoint(checkpoint, path)
+    save(checkpoint, path)
     return path.read_bytes()
 
 
@@ -53,10 +57,10 @@ def test_equal_content_has_equal_bytes_whatever_objects_hold_it(tmp_path: Path):
     }
     # Without the canonical form these differ: pickle keeps track of objects.
     assert pickle.dumps(one) != pickle.dumps(other)
-    first = written(tmp_path / "a.pt", build_checkpoint(model, optimizer, 7, one))
+    first = written(tmp_path / "a.pt", checkpoint_of(model, optimizer, 7, one))
     model.to(memory_format=torch.contiguous_format)
-    assert written(tmp_path / "b.pt", build_checkpoint(model, optimizer, 7, other)) == first
-    assert written(tmp_path / "b.pt", build_checkpoint(model, optimizer, 8, other)) != first
+    assert written(tmp_path / "b.pt", checkpoint_of(model, optimizer, 7, other)) == first
+    assert written(tmp_path / "b.pt", checkpoint_of(model, optimizer, 8, other)) != first
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
@@ -68,7 +72,7 @@ def test_a_round_trip_through_a_file_keeps_every_byte(kind: type, tmp_path: Path
         "classes": ("a", "b"),
         "ratio": 1e-3,
     }
-    first = written(tmp_path / "a.pt", build_checkpoint(model, optimizer, 7, meta))
+    first = written(tmp_path / "a.pt", checkpoint_of(model, optimizer, 7, meta))
     loaded = load_checkpoint(tmp_path / "a.pt")
     again, steps = trained(kind)
     with torch.no_grad():
@@ -77,13 +81,13 @@ def test_a_round_trip_through_a_file_keeps_every_byte(kind: type, tmp_path: Path
     fill(again, loaded["model"], "a.pt")
     steps.load_state_dict(loaded["optimizer"])
     rest = {name: loaded[name] for name in meta}
-    second = build_checkpoint(again, steps, loaded["iteration"], rest)
+    second = checkpoint_of(again, steps, loaded["iteration"], rest)
     assert written(tmp_path / "b.pt", second) == first
 
 
 def test_a_checkpoint_is_a_copy_that_training_on_does_not_change():
     model, optimizer = trained()
-    checkpoint = build_checkpoint(model, optimizer, 7, {})
+    checkpoint = checkpoint_of(model, optimizer, 7, {})
     before = copy.deepcopy(checkpoint)
     model(torch.randn(2, 3, 8, 8)).mean().backward()
     optimizer.step()
@@ -130,18 +134,18 @@ def test_a_malicious_file_is_refused_and_its_payload_does_not_run(zipped: bool, 
 
 @pytest.mark.parametrize("kept", [0, 0.01, 0.5, 0.9, 0.999])
 def test_a_truncated_file_is_refused_by_name(kept: float, tmp_path: Path):
-    whole = written(tmp_path / "a.pt", build_checkpoint(*trained(), 7, {}))
+    whole = written(tmp_path / "a.pt", checkpoint_of(*trained(), 7, {}))
     (tmp_path / "a.pt").write_bytes(whole[: int(len(whole) * kept)])
     with pytest.raises(ValueError, match=r"a\.pt: not a checkpoint"):
         load_checkpoint(tmp_path / "a.pt")
 
 
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"none\.pt: no such checkpoint"):
+    with pytest.raises(ValueError, match=r"none\.pt: no such file"):
         load_checkpoint(tmp_path / "none.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"list\.pt: not a checkpoint: it holds a list"):
-        load_file(tmp_path / "list.pt")
+        read_file(tmp_path / "list.pt")
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"weights\.pt: not a checkpoint of this tool.*load_from"):
         load_checkpoint(tmp_path / "weights.pt")
@@ -153,7 +157,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path):
 
 def test_weights_that_do_not_fit_are_listed_with_their_shapes_and_none_is_loaded():
     model, optimizer = trained()
-    checkpoint = build_checkpoint(model, optimizer, 7, {})
+    checkpoint = checkpoint_of(model, optimizer, 7, {})
     checkpoint["model"]["0.weight"] = torch.zeros(5, 3, 3, 3)
     checkpoint["model"]["2.weight"] = checkpoint["model"].pop("1.weight") + 1
     before = copy.deepcopy(model.state_dict())
@@ -177,17 +181,25 @@ def states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def made(iteration: int, best: int | None) -> dict:
     score = {"iteration": best, "mean_iou": 0.25} if best else None
-    return build_checkpoint(*trained(), iteration, {"best": score, "params": {}})
+    return checkpoint_of(*trained(), iteration, {"best": score, "params": {}})
+
+
+def saved(checkpoint: Checkpoint, history: list[Entry] | None = None) -> Saved:
+    means = Means(since=1, sums={"a": 0.5})
+    return Saved(format=FORMAT, checkpoint=checkpoint, history=history or [], means=means)
 
 
 def test_a_state_comes_back_as_it_was_saved(states: Path):
     history = [{"iteration": 1, "train/loss": 0.5, "val/iou.a": None}]
     state = State("f")
-    assert state.load() is None
+    assert not state.exists
     with state.locked():
-        state.save(made(4, None), history)
-    checkpoint, curves = State("f").load()
+        state.save(saved(made(4, None), history))
+    assert state.exists
+    content = State("f").load()
+    checkpoint, curves = content["checkpoint"], content["history"]
     assert (checkpoint["iteration"], checkpoint["best"], curves) == (4, None, history)
+    assert content["means"] == {"since": 1, "sums": {"a": 0.5}}
     assert torch.equal(checkpoint["model"]["0.weight"], made(4, None)["model"]["0.weight"])
     assert state.folder == states / "f"
 
@@ -200,12 +212,12 @@ def test_the_best_checkpoint_is_kept_until_there_is_a_better_one(states: Path):
 
     with state.locked():
         state.save_best(made(4, 4))
-        state.save(made(4, 4), [])
-        state.save(made(6, 4), [])
+        state.save(saved(made(4, 4)))
+        state.save(saved(made(6, 4)))
         assert bests() == ["best-4.pt"]
         state.save_best(made(8, 8))
         assert bests() == ["best-4.pt", "best-8.pt"]  # a kill now loses neither
-        state.save(made(8, 8), [])
+        state.save(saved(made(8, 8)))
         assert bests() == ["best-8.pt"]
 
 
@@ -217,7 +229,7 @@ def test_outputs_are_the_last_and_the_best_checkpoint_and_the_curves(states: Pat
     ]
     with state.locked():
         state.save_best(made(2, 2))
-        state.save(made(3, 2), history)
+        state.save(saved(made(3, 2), history))
         state.write_outputs(tmp_path / "out")
     checkpoints = tmp_path / "out" / "checkpoints"
     assert load_checkpoint(checkpoints / "last.pt")["iteration"] == 3
@@ -248,19 +260,18 @@ sys.stdin.read()
 def test_a_state_in_another_process_hands_is_refused_kept_and_later_free(states: Path):
     state = State("f")
     with state.locked():
-        state.save(made(4, None), [])
+        state.save(saved(made(4, None)))
     lock = state.folder / "lock"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], **pipes) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=r"doing this very training .*lock"), state.locked():
             raise AssertionError("two processes hold one state")
-        state.forget()
-        assert state.load() is not None
-        for number in range(KEPT_STATES + 1):
-            with State(f"other{number}").locked():
-                pass
-        assert state.load() is not None
+        old = time.time() - 2 * KEPT_DAYS * 86400
+        os.utime(state.folder, (old, old))
+        with State("other").locked():
+            pass
+        assert state.exists
         other.communicate("")
     with state.locked():
         pass
@@ -274,26 +285,69 @@ def test_the_lock_is_let_go_after_an_error(states: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_the_states_of_the_five_last_trainings_are_kept(states: Path):
-    for number in range(KEPT_STATES + 2):
-        state = State(f"s{number}")
-        with state.locked():
-            state.save(made(number, None), [])
-        for path in states.iterdir():  # a second between any two
-            when = 1_000_000 + int(path.name[1:])
-            os.utime(path, (when, when))
-    assert sorted(path.name for path in states.iterdir()) == ["s2", "s3", "s4", "s5", "s6"]
-    os.utime(states / "s2")
-    with State("s7").locked():
+def test_a_state_is_kept_however_many_there_are_until_it_is_old(
+    states: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO", logger="instep")
+    for number in range(12):
+        with State(f"s{number}").locked() as _:
+            State(f"s{number}").save(saved(made(number, None)))
+    assert len(list(states.iterdir())) == 12
+    days = {"s0": KEPT_DAYS + 1, "s1": KEPT_DAYS - 1}
+    for name, age in days.items():
+        when = time.time() - age * 86400
+        os.utime(states / name, (when, when))
+    with State("s2").locked():
         pass
-    assert sorted(path.name for path in states.iterdir()) == ["s2", "s4", "s5", "s6", "s7"]
+    assert sorted({f"s{number}" for number in range(12)} - {p.name for p in states.iterdir()}) == [
+        "s0"
+    ]
+    assert f"forgot the training in {states / 's0'}, untouched for 31 days" in caplog.text
 
 
-def test_a_forgotten_state_is_gone(states: Path):
+def test_only_the_last_finished_training_is_kept_and_done_anew_when_it_is_asked_for_again(
+    states: Path,
+):
+    for name in ("a", "b"):
+        state = State(name)
+        with state.locked():
+            state.save_best(made(1, 1))
+            state.save(saved(made(1, 1)))
+        state.finish()
+    assert [path.name for path in states.iterdir()] == ["b"]
+    assert State("b").finished
+    with State("b").locked():
+        assert not State("b").exists
+        assert not State("b").finished
+        assert [path.name for path in (states / "b").iterdir()] == ["lock"]
+    State("none").finish()  # of a training restored from DVC's cache there is no state
+    assert not (states / "none").exists()
+
+
+def test_an_extension_begins_where_the_finished_training_ended(states: Path):
+    first, second = State("first"), State("second")
+    with first.locked():
+        first.save_best(made(1, 1))
+        first.save(saved(made(2, 1), [{"iteration": 2, "train/loss": 1.0}]))
+    first.finish()
+    with second.locked():
+        second.start_from(first)
+    assert second.load()["history"] == [{"iteration": 2, "train/loss": 1.0}]
+    assert second.load()["checkpoint"]["iteration"] == 2
+    assert (second.folder / "best-1.pt").is_file()
+    assert not second.finished
+
+
+def test_a_file_of_another_version_of_the_tool_is_refused(
+    states: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     state = State("f")
+    monkeypatch.setattr("pipeline.training.checkpoint.FORMAT", FORMAT + 1)
+    save(made(1, None), tmp_path / "new.pt")
     with state.locked():
-        state.save(made(1, None), [])
-    state.forget()
-    assert not state.folder.exists()
-    assert state.load() is None
-    state.forget()
+        state.save(saved(made(1, None)) | {"format": FORMAT + 1})
+    versions = rf"has format {FORMAT + 1}, and this version of the tool reads format {disk.FORMAT}"
+    with pytest.raises(ValueError, match=rf"new\.pt {versions}; take its weights alone"):
+        load_checkpoint(tmp_path / "new.pt")
+    with pytest.raises(ValueError, match=rf"state\.pt {versions}; delete .*f to train anew"):
+        state.load()

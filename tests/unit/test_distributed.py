@@ -7,14 +7,13 @@ import torch
 from torch import nn
 
 from pipeline.distributed import SyncBatchNorm, synchronize_batch_norm
-from pipeline.models import build_model
-from tests.unit.sections import params
+from tests.unit.sections import build, model_params
 
 
 @pytest.mark.parametrize("backbone", ["efficientnet_lite0", "resnet18"])
 def test_a_synchronous_network_is_the_same_function(backbone: str) -> None:
-    changes = {"model.backbone.name": backbone, "model.backbone.pretrained": None}
-    plain = build_model(params(changes).model, 3).double()
+    changes = {"backbone.name": backbone, "backbone.pretrained": None}
+    plain = build(model_params(changes), 3).double()
     synchronous = synchronize_batch_norm(copy.deepcopy(plain))
     assert any(isinstance(module, SyncBatchNorm) for module in synchronous.modules())
     images, keys = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.arange(4)
@@ -27,7 +26,7 @@ def test_a_synchronous_network_is_the_same_function(backbone: str) -> None:
         assert torch.allclose(one.double(), other.double(), rtol=1e-10), name
     assert plain.state_dict().keys() == synchronous.state_dict().keys()
     with torch.no_grad():
-        one, other = (model.eval()(images) for model in (plain, synchronous))
+        one, other = (model.eval()(images)[0].logits for model in (plain, synchronous))
     assert torch.allclose(one, other, rtol=1e-8, atol=1e-10)
 
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from pipeline.data.store import Entry, Split
 from pipeline.evaluation.inference import Predictor, evaluate, predictions, slide
 from pipeline.evaluation.metrics import boundary_areas, confusion_matrix, mean_iou
+from pipeline.models.network import Network
+from pipeline.precision import PRECISIONS, Normalization
 
 
-class Stub(nn.Module):
+class Stub(Network):
     """Logits that depend on the pixels around and, by the padding, on where a window ends."""
 
     def __init__(self) -> None:
@@ -22,9 +24,21 @@ class Stub(nn.Module):
         self.weight = nn.Parameter(torch.randn(4, 3, 5, 5, generator=generator))
         self.sizes: list[tuple[int, ...]] = []
 
-    def forward(self, images: Tensor) -> Tensor:
+        self.finish()
+
+    def outputs(self, images: Tensor) -> Tensor:
         self.sizes.append(tuple(images.shape))
         return nn.functional.conv2d(images, self.weight.to(images.dtype), padding=2)
+
+    def count(self, target: Tensor) -> Tensor:
+        raise AssertionError("an evaluation learns nothing")
+
+    def losses(self, *arguments: object) -> dict[str, Tensor]:
+        raise AssertionError("an evaluation learns nothing")
+
+    def scores(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
+        assert outputs.shape[2:] == size
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 def image(seed: int, height: int, width: int) -> np.ndarray:
@@ -32,15 +46,10 @@ def image(seed: int, height: int, width: int) -> np.ndarray:
 
 
 def predictor(model: nn.Module, **changes: object) -> Predictor:
-    given = {
-        "device": torch.device("cpu"),
-        "precision": "fp64",
-        "mean": (100.0, 110.0, 120.0),
-        "std": (50.0, 60.0, 70.0),
-        "scale": None,
-        "window": None,
-    }
-    return Predictor(model, **(given | changes))
+    precision, cpu = PRECISIONS[changes.pop("precision", "fp64")], torch.device("cpu")
+    normalize = Normalization((100, 110, 120), (50, 60, 70), precision=precision, device=cpu)
+    given = {"precision": precision, "scale": None, "window": None}
+    return Predictor(model, normalize, **(given | changes))
 
 
 def as_input(picture: np.ndarray) -> Tensor:

@@ -1,5 +1,6 @@
 """Every term of the loss by hand, and what the sums are divided by."""
 
+import json
 import math
 from typing import Any
 
@@ -7,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.training.losses import Criterion, cross_entropy_sum, median_frequency_weights
-from tests.unit.sections import params
+from pipeline.models.losses import (
+    Criterion,
+    LossParams,
+    cross_entropy_sum,
+    median_frequency_weights,
+)
 
 TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz", "tversky")
 
@@ -17,14 +22,17 @@ def criterion(*terms: str, **changes: Any) -> Criterion:
     given = {name: float(name in terms) for name in TERMS}
     given |= {"avg_non_ignore": True, "class_weights": None, "ohem_threshold": 0.7}
     given |= {"ohem_min_kept": 1} | changes
-    two = {"data.classes": ["a", "b"], "data.palette": [[0, 0, 0], [1, 1, 1]]}
-    loss = params(two | {"train.loss": given}).train.loss
-    return Criterion(loss, [0.5, 0.1], 255, torch.device("cpu"))
+    return Criterion(LossParams.model_validate_json(json.dumps(given)), [0.5, 0.1], 255)
+
+
+def total(one: Criterion, logits: Tensor, target: Tensor, divisors: Tensor) -> Tensor:
+    """The sum of the terms."""
+    return sum(one(logits, target, divisors).values(), torch.zeros(()))
 
 
 def loss_of(one: Criterion, logits: Tensor, target: Tensor) -> float:
     """Of a batch that is the whole global one."""
-    return one(logits, target, one.count(target)).item()
+    return total(one, logits, target, one.count(target)).item()
 
 
 def classes(probability: list[float]) -> Tensor:
@@ -76,7 +84,7 @@ def test_an_image_without_a_valid_pixel_has_no_loss_and_no_gradient(term: str, d
     logits = torch.randn(2, 2, 4, 4, dtype=dtype, requires_grad=True)
     target = torch.full((2, 4, 4), 255, dtype=torch.uint8)
     one = criterion(term)
-    loss = one(logits, target, torch.ones(3))
+    loss = total(one, logits, target, torch.ones(3))
     loss.backward()
     assert loss.item() == 0
     assert one.count(target).tolist() == [0, 0, 2]
@@ -91,9 +99,9 @@ def test_parts_of_a_batch_add_up_to_its_loss_in_maps_and_in_points(term: str):
     target[0], target[1, :2] = 255, 255
     one = criterion(term, class_weights=[1.0, 2.0] if term in TERMS[:2] else None)
     divisors = one.count(target)
-    whole = one(logits, target, divisors)
-    parts = [one(x, y, divisors) for x, y in zip(logits.split([1, 3]), target.split([1, 3]))]
-    points = one(logits.flatten(2), target.flatten(1).long(), divisors)
+    whole = total(one, logits, target, divisors)
+    parts = [total(one, x, y, divisors) for x, y in zip(logits.split([1, 3]), target.split([1, 3]))]
+    points = total(one, logits.flatten(2), target.flatten(1).long(), divisors)
     assert torch.equal(sum(one.count(part) for part in target.split([1, 3])), divisors)
     assert whole.item() > 0.01
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-6)  # lovasz is fp32
@@ -109,9 +117,9 @@ def test_cross_entropy_is_divided_by_valid_or_by_all_pixels_as_their_classes_wei
 ):
     target = labels(0, 1, 1, 255)
     one = criterion("cross_entropy", avg_non_ignore=avg_non_ignore, class_weights=weights)
-    total = 2 * EASY + 10 * HARD if weights else EASY + 2 * HARD
+    expected = 2 * EASY + 10 * HARD if weights else EASY + 2 * HARD
     assert one.count(target).tolist() == [divisor, 3 if avg_non_ignore else 4, 1]
-    assert loss_of(one, classes([0.75] * 4), target) == pytest.approx(total / divisor)
+    assert loss_of(one, classes([0.75] * 4), target) == pytest.approx(expected / divisor)
 
 
 @pytest.mark.parametrize("term", TERMS[2:])
@@ -144,9 +152,21 @@ def test_balanced_weights_are_the_median_frequency_by_each():
 def test_the_loss_of_bf16_logits_is_summed_in_fp32():
     logits = torch.zeros(1, 2, 32, 32, dtype=torch.bfloat16)
     target = torch.zeros(1, 32, 32, dtype=torch.uint8)
-    loss = criterion("cross_entropy")(logits, target, torch.ones(3))
+    loss = total(criterion("cross_entropy"), logits, target, torch.ones(3))
     assert loss.item() == pytest.approx(1024 * math.log(2), rel=1e-6)
 
 
 def test_cross_entropy_alone_is_a_sum():
     assert cross_entropy_sum(LOGITS, TARGET, 255).item() == pytest.approx(EASY + HARD)
+
+
+def test_every_term_has_a_name_and_its_weight():
+    terms = criterion(cross_entropy=0.5, dice=2.0)(LOGITS, TARGET, torch.tensor([2, 2, 1]))
+    assert {name: term.item() for name, term in terms.items()} == {
+        "cross_entropy": pytest.approx(0.5 * BY_HAND["cross_entropy"]),
+        "dice": pytest.approx(2 * BY_HAND["dice"]),
+    }
+
+
+def test_a_class_that_train_does_not_show_has_no_balanced_weight():
+    assert median_frequency_weights([0.5, 0.0, 0.1]) == pytest.approx([0.6, 0.0, 3.0])

@@ -1,6 +1,5 @@
 """One contract for every network, and the layers whose arithmetic is our own."""
 
-import json
 import zlib
 from itertools import product
 from pathlib import Path
@@ -12,12 +11,12 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models import HEADS, Segmenter, build_model
+from pipeline.models import HEADS, ModelParams
 from pipeline.models.backbones import build_backbone
-from pipeline.models.keyed import KeyedDropout, key_random_layers, uniform
+from pipeline.models.keyed import Keyed, KeyedDropout, key_random_layers, uniform
 from pipeline.models.layers import average_pool
-from pipeline.params import MODELS, ModelParams
-from tests.unit.sections import document
+from pipeline.models.segmenter import Head
+from tests.unit.sections import build, model_params
 
 BACKBONES = (
     "resnet18",
@@ -29,29 +28,20 @@ BACKBONES = (
 )
 
 
-def options(**changes: object) -> ModelParams:
-    given = {
-        "name": "pspnet",
-        "backbone.name": "resnet18",
-        "backbone.output_stride": 32,
-        "backbone.pretrained": None,
-        "backbone.with_cp": False,
-        "backbone.drop_path": 0.0,
-        "dropout": 0.0,
-        "aux_weight": 0.4,
-        "fcn.channels": 8,
-        "deeplab.channels": 8,
-        "upernet.channels": 8,
-        "segformer.channels": 8,
-        "semantic_fpn.channels": 8,
-        "pointrend.point_channels": 8,
-        "pointrend.train_points": 32,
-        "pspnet.pool_scales": [1, 2, 3, 6],
-        "pspnet.channels": 8,
-        "unet.channels": [16, 12, 8, 8, 4],
-    }
-    tree = document({f"model.{name}": value for name, value in (given | changes).items()})
-    return ModelParams.model_validate_json(json.dumps(tree["model"]))
+SMALL: dict[str, dict[str, object]] = {
+    "pointrend": {"channels": 8, "point_channels": 8, "train_points": 32},
+    "unet": {"channels": [16, 12, 8, 8, 4]},
+}
+
+
+def options(name: str = "pspnet", **changes: object) -> ModelParams:
+    """A small network; `changes` are of its head, or with a dotted name of the section `model`."""
+    head = {} if name.startswith("smp.") else SMALL.get(name, {"channels": 8})
+    head |= {key: value for key, value in changes.items() if "." not in key}
+    backbone = {"name": "resnet18", "pretrained": None, "output_stride": 32, "with_cp": False}
+    given = {f"backbone.{key}": value for key, value in backbone.items()}
+    given |= {key: value for key, value in changes.items() if "." in key}
+    return model_params({"head.name": name} | {f"head.{k}": v for k, v in head.items()} | given)
 
 
 HEADS_ON = {head: ("mit_b0" if head == "segformer" else "resnet18c") for head in HEADS}
@@ -61,28 +51,52 @@ HEADS_ON = {head: ("mit_b0" if head == "segformer" else "resnet18c") for head in
     ("head", "backbone"),
     [*HEADS_ON.items(), *product(("pspnet", "unet"), BACKBONES[:-1]), ("upernet", "mit_b0")],
 )
-def test_every_model_gives_logits_at_the_size_of_the_input(head: str, backbone: str):
-    model = build_model(options(name=head, **{"backbone.name": backbone}), 5)
-    images = torch.randn(2, 3, 65, 97)
-    model.train()
-    outputs = model(images, torch.arange(2))
-    dense = [output for output in outputs if output.points is None]
-    assert [output.logits.shape for output in dense] == [(2, 5, 65, 97)] * 2
-    assert [output.weight for output in dense] == [1.0, 0.4]
-    sum(output.logits.square().mean() for output in outputs).backward()
+def test_every_model_keeps_the_contract(head: str, backbone: str):
+    model = build(options(head, aux_weight=0.4, **{"backbone.name": backbone}), 5)
+    images, keys = torch.randn(4, 3, 65, 97), torch.arange(4)
+    target = torch.randint(0, 5, (4, 65, 97), dtype=torch.uint8)
+    model.train().advance(0.5)
+    divisors = model.count(target)
+    assert torch.equal(model.count(target[:1]) + model.count(target[1:]), divisors)
+    terms = model.losses(model(images, keys), target, keys, divisors)
+    assert {"cross_entropy", "auxiliary_cross_entropy"} <= terms.keys()
+    assert all(term.dtype == torch.float64 and term.dim() == 0 for term in terms.values())
+    sum(terms.values()).backward()
     without = [name for name, value in model.named_parameters() if value.grad is None]
     assert without == []
     model.eval()
     with torch.inference_mode():
-        assert model(images).shape == (2, 5, 65, 97)
-        assert model(images[:1, :, :64, :32]).shape == (1, 5, 64, 32)
-        assert torch.allclose(model(images)[:1], model(images[:1]), atol=1e-5)
+        scores = model.scores(model(images), (65, 97))
+        assert scores.shape == (4, 5, 65, 97)
+        assert model.scores(model(images[:1, :, :64, :32]), (64, 32)).shape == (1, 5, 64, 32)
+        assert torch.allclose(scores[:1], model.scores(model(images[:1]), (65, 97)), atol=1e-5)
+        total = model.probabilities(scores).sum(dim=1)
+        assert torch.allclose(total, torch.ones_like(total))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_losses_of_parts_add_up_to_the_loss_of_the_batch(head: str):
+    model = build(options(head, **{"backbone.name": HEADS_ON[head]}), 3).double().eval()
+    model.training = True  # batch normalisation, which is in evaluation, sees no batch
+    for module in model.modules():
+        if isinstance(module, (Head, Keyed)):
+            module.training = True
+    images, keys = torch.randn(4, 3, 64, 96, dtype=torch.float64), torch.arange(4) + 7
+    target = torch.randint(0, 3, (4, 64, 96), dtype=torch.uint8)
+    target[0], target[1, :20] = 255, 255
+    divisors = model.count(target)
+
+    def losses(part: slice) -> dict[str, Tensor]:
+        return model.losses(model(images[part], keys[part]), target[part], keys[part], divisors)
+
+    whole, first, rest = (losses(part) for part in (slice(0, 4), slice(0, 1), slice(1, 4)))
+    for name, term in whole.items():
+        assert (first[name] + rest[name]).item() == pytest.approx(term.item(), rel=1e-9), name
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_without_a_weight_there_is_no_auxiliary_head(head: str):
-    names = {"backbone.name": HEADS_ON[head]}
-    model = build_model(options(name=head, aux_weight=0.0, **names), 3)
+    model = build(options(head, aux_weight=0.0, **{"backbone.name": HEADS_ON[head]}), 3)
     assert model.auxiliary_head is None
     outputs = model(torch.randn(2, 3, 64, 64), torch.arange(2))
     assert len(outputs) == (2 if head == "pointrend" else 1)
@@ -90,37 +104,34 @@ def test_without_a_weight_there_is_no_auxiliary_head(head: str):
 
 @pytest.mark.parametrize("name", ["Unet", "DeepLabV3Plus", "FPN", "PSPNet"])
 def test_a_network_of_the_library_keeps_the_contract(name: str):
-    model = build_model(options(name=f"smp.{name}", aux_weight=0.0), 5)
+    model = build(options(f"smp.{name}"), 5)
     images, keys = torch.randn(2, 3, 64, 96), torch.tensor([4, 9])
-    (output,) = model.train()(images, keys)
-    assert output.logits.shape == (2, 5, 64, 96)
+    target = torch.randint(0, 5, (2, 64, 96), dtype=torch.uint8)
+    outputs = model.train()(images, keys)
+    loss = model.losses(outputs, target, keys, model.count(target))["cross_entropy"]
     torch.manual_seed(1)
-    assert torch.equal(model(images, keys)[0].logits, output.logits)  # its dropout has keys
+    assert torch.equal(model(images, keys)[0].logits, outputs[0].logits)  # its dropout has keys
     with torch.inference_mode():
-        assert model.eval()(images[:, :, :33, :70]).shape == (2, 5, 33, 70)
+        assert model.eval().scores(model(images[:, :, :33, :70]), (33, 70)).shape == (2, 5, 33, 70)
     backbone = {id(parameter) for parameter in model.backbone.parameters()}
     assert 0 < len(backbone) < len(list(model.parameters()))
-    output.logits.sum().backward()
+    loss.backward()
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None for parameter in learned)  # else DDP would wait
     assert not any(isinstance(layer, nn.AdaptiveAvgPool2d) for layer in model.modules())
 
 
 @pytest.mark.parametrize(
-    ("names", "rule"),
+    ("name", "encoder", "rule"),
     [
-        ({"name": "smp.UNet"}, r"has no UNet; did you mean smp\.Unet\? It has DPT, DeepLabV3,"),
-        ({"name": "smp.Unet", "backbone.name": "resnet17"}, r"smp\.Unet with the encoder resnet17"),
-        ({"name": "smp.Unet", "backbone.name": "efficientnet-b0"}, r"draws random numbers without"),
+        ("smp.UNet", "resnet18", r"has no UNet; did you mean smp\.Unet\? It has DPT, DeepLabV3,"),
+        ("smp.Unet", "resnet17", r"smp\.Unet with the encoder resnet17"),
+        ("smp.Unet", "efficientnet-b0", r"draws random numbers without"),
     ],
 )
-def test_what_the_library_does_not_have_is_refused(names: dict[str, str], rule: str):
+def test_what_the_library_does_not_have_is_refused(name: str, encoder: str, rule: str):
     with pytest.raises(ValueError, match=rule):
-        build_model(options(aux_weight=0.0, **names), 5)
-
-
-def test_params_and_models_have_the_same_names():
-    assert set(MODELS) == set(HEADS)
+        build(options(name, **{"backbone.name": encoder}), 5)
 
 
 @pytest.mark.parametrize("name", ["resnet18c", "mit_b0"])
@@ -210,7 +221,7 @@ def test_dropout_does_nothing_in_evaluation_or_at_a_rate_of_zero():
 
 
 def test_every_dropout_layer_has_masks_of_its_own_that_follow_its_name():
-    models = [build_model(options(dropout=0.5), 3) for _ in range(2)]
+    models = [build(options(dropout=0.5, aux_weight=0.4), 3) for _ in range(2)]
     layers = [model.decode_head.dropout for model in models]
     keys = torch.arange(3)
     assert torch.equal(dropped(layers[0], keys), dropped(layers[1], keys))
@@ -231,9 +242,9 @@ def test_random_layers_get_keys(layer: nn.Module, axes: int | None):
 
 
 def test_a_random_layer_without_a_keyed_form_is_refused_by_name():
-    head = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AlphaDropout(0.1))
-    with pytest.raises(ValueError, match=r"without a keyed form: decode_head\.1;"):
-        Segmenter(nn.Identity(), None, head, None, 0.0)
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(nn.AlphaDropout(0.1)))
+    with pytest.raises(ValueError, match=r"without a keyed form: 1\.0;"):
+        key_random_layers(network)
 
 
 def test_a_random_layer_of_rate_zero_is_let_through():
@@ -286,7 +297,7 @@ def test_weights_that_do_not_fit_are_refused(broken: str, tmp_path: Path):
 
 def test_a_file_of_weights_that_is_not_there_is_refused(tmp_path: Path):
     section = options(**{"backbone.pretrained": str(tmp_path / "none.pt")}).backbone
-    with pytest.raises(ValueError, match=r"pretrained: no file .*none\.pt"):
+    with pytest.raises(ValueError, match=r"pretrained: .*none\.pt: no such file; give null"):
         build_backbone(section)
 
 
@@ -310,9 +321,9 @@ def test_activation_checkpointing_changes_nothing(name: str):
     runs = []
     for with_cp in (False, True):
         torch.manual_seed(0)
-        rates = {"dropout": 0.3, "backbone.drop_path": 0.3}
+        rates = {"dropout": 0.3, "aux_weight": 0.4, "backbone.drop_path": 0.3}
         section = options(**rates, **{"backbone.name": name, "backbone.with_cp": with_cp})
-        model = build_model(section, 3).double().train()
+        model = build(section, 3).double().train()
         for step in range(2):
             keys = torch.tensor([step, 7])
             loss = sum(out.logits.square().mean() for out in model(images, keys))
@@ -331,7 +342,7 @@ def test_activation_checkpointing_changes_nothing(name: str):
 
 def test_activation_checkpointing_really_recomputes_every_block():
     section = options(**{"backbone.name": "resnet50c", "backbone.with_cp": True})
-    model = build_model(section, 3).train()
+    model = build(section, 3).train()
     calls = []
     for name, module in model.backbone.named_modules():
         if name.endswith("conv3"):

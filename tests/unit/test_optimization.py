@@ -7,8 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.params import TrainParams
-from pipeline.training.optimization import build_optimizer, learning_rate, restore_optimizer
+from pipeline.training.optimization import (
+    build_optimizer,
+    learning_rate,
+    parameter_groups,
+    restore_optimizer,
+)
+from pipeline.training.params import TrainParams
 from tests.unit.sections import params
 
 
@@ -165,3 +170,43 @@ def test_every_parameter_keeps_its_momentum_when_the_groups_change(named: bool):
         momentum = after.state[parameter]["momentum_buffer"]
         assert momentum.any()
         assert torch.equal(momentum, before.state[parameter]["momentum_buffer"])
+
+
+def test_what_is_frozen_is_no_business_of_the_optimizer():
+    model = Network()
+    model.backbone.requires_grad_(False)
+    (group,) = optimizer_of(model).param_groups
+    assert all(name.startswith("head.") for name in group["param_names"])
+
+
+def test_a_layer_decay_multiplies_the_rate_of_every_layer_below():
+    model = Network()
+    model.backbone.layers_above = lambda name: 3 - int(name.split(".")[0])
+    options = params({"train.layer_decay": 0.5, "train.head_lr_mult": 2.0}).train
+    groups = {group["lr_mult"]: group["params"] for group in parameter_groups(model, options)}
+    names = {mult: {name.rsplit(".", 1)[0] for name, _ in own} for mult, own in groups.items()}
+    assert names == {
+        0.125: {"backbone.0"},
+        0.25: {"backbone.1"},
+        0.5: {"backbone.2"},
+        1.0: {"backbone.3"},
+        2.0: {"head.0", "head.1"},
+    }
+
+
+def test_a_layer_decay_needs_a_backbone_that_has_an_order_of_layers():
+    options = params({"train.layer_decay": 0.5}).train
+    with pytest.raises(ValueError, match=r"train\.layer_decay 0\.5: this backbone has no order"):
+        parameter_groups(Network(), options)
+
+
+def test_an_extension_has_the_rates_of_a_training_as_long_from_the_beginning():
+    schedule = {"train.schedule.warmup_iters": 2, "train.schedule.min_lr": 0.0, "train.lr": 1.0}
+    lengths = ({"train.iterations": 8, "train.extend": 4}, {"train.iterations": 8})
+    extended, short = (params(schedule | length).train for length in lengths)
+    long = params(schedule | {"train.iterations": 12}).train
+    rates = [learning_rate(extended, iteration) for iteration in range(12)]
+    assert rates[:8] == [learning_rate(short, iteration) for iteration in range(8)]
+    assert rates[8:] == [learning_rate(long, iteration) for iteration in range(8, 12)]
+    assert rates[7] == 0
+    assert rates[8] > 0.3

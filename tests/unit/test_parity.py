@@ -13,35 +13,27 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.models import build_model
 from pipeline.models.mmseg import from_mmseg
-from pipeline.params import ModelParams
-from tests.unit.sections import document
+from tests.unit.sections import build, model_params
 
 PARITY = Path(__file__).parent / "data" / "parity"
 R50 = {"backbone.name": "resnet50c", "backbone.output_stride": 8}
 R18 = {"backbone.name": "resnet18c", "backbone.output_stride": 8}
 MODELS: dict[str, dict[str, object]] = {
-    "deeplabv3_r50": {"name": "deeplabv3"} | R50,
-    "deeplabv3plus_r50": {"name": "deeplabv3plus"} | R50,
-    "fcn_r50": {"name": "fcn"} | R50,
-    "pointrend_r101": {"name": "pointrend", "backbone.name": "resnet101c"},
-    "pspnet_r18": {"name": "pspnet", "pspnet.channels": 128} | R18,
-    "pspnet_r50": {"name": "pspnet"} | R50,
-    "segformer_b0": {"name": "segformer", "backbone.name": "mit_b0"},
-    "segformer_b2": {"name": "segformer", "backbone.name": "mit_b2"},
-    "semantic_fpn_r50": {"name": "semantic_fpn", "backbone.name": "resnet50c"},
-    "upernet_r50": {"name": "upernet", "backbone.name": "resnet50c"},
+    "deeplabv3_r50": {"head.name": "deeplabv3"} | R50,
+    "deeplabv3plus_r50": {"head.name": "deeplabv3plus"} | R50,
+    "fcn_r50": {"head.name": "fcn"} | R50,
+    "pointrend_r101": {"head.name": "pointrend", "backbone.name": "resnet101c"},
+    "pspnet_r18": {"head.name": "pspnet", "head.channels": 128} | R18,
+    "pspnet_r50": {"head.name": "pspnet"} | R50,
+    "segformer_b0": {"head.name": "segformer", "backbone.name": "mit_b0"},
+    "segformer_b2": {"head.name": "segformer", "backbone.name": "mit_b2"},
+    "semantic_fpn_r50": {"head.name": "semantic_fpn", "backbone.name": "resnet50c"},
+    "upernet_r50": {"head.name": "upernet", "backbone.name": "resnet50c"},
 }
 FILES = sorted(PARITY.glob("*.npz"))
-
-
-def build(changes: dict[str, object], num_classes: int = 150) -> nn.Module:
-    given = {"backbone.pretrained": None, "aux_weight": 0.4, "dropout": 0.1} | changes
-    tree = document({f"model.{name}": value for name, value in given.items()})
-    return build_model(ModelParams.model_validate_json(json.dumps(tree["model"])), num_classes)
 
 
 def drawn_weights(names: list[tuple[str, list[int]]], tame: bool) -> dict[str, Tensor]:
@@ -79,13 +71,14 @@ def test_logits_are_those_of_mmsegmentation(path: Path) -> None:
     (name,) = (name for name in MODELS if path.stem.startswith(name))
     names = json.loads((PARITY / f"{name}.state_dict.json").read_text())
     auxiliary = any(entry[0].startswith("auxiliary_head.") for entry in names)
-    model = build({"aux_weight": 0.4 if auxiliary else 0.0} | MODELS[name])
+    changes = {"backbone.pretrained": None, "head.aux_weight": 0.4 if auxiliary else 0.0}
+    model = build(model_params(MODELS[name] | changes), 150)
     model.load_state_dict(from_mmseg(drawn_weights(names, path.stem.endswith("_tame"))))
     size = theirs["logits_shape"].tolist()
     image = np.random.default_rng(0).standard_normal((1, 3, *size[2:])).astype(np.float32)
     with torch.inference_mode():
         inputs = torch.from_numpy(image)
-        logits = model.eval()(inputs).numpy()
+        logits = model.eval().scores(model(inputs), (size[2], size[3])).numpy()
         if auxiliary and "aux_raw_sub" in theirs:
             (output,) = model.auxiliary_head([inputs, *model.backbone(inputs)])
             assert (

@@ -3,9 +3,9 @@
 import torch
 from torch.nn import functional as F
 
-from pipeline.models import build_model
+from pipeline.models.losses import labels_at
 from pipeline.models.pointrend import sample, uncertainty
-from pipeline.training.losses import labels_at
+from tests.unit.sections import build
 from tests.unit.test_models import options
 
 
@@ -43,8 +43,7 @@ def test_labels_are_those_of_the_nearest_pixels():
 
 
 def point_head(**changes: object):
-    names = {f"pointrend.{name}": value for name, value in changes.items()}
-    model = build_model(options(name="pointrend", aux_weight=0.0, **names), 4)
+    model = build(options("pointrend", **changes), 4)
     return model, model.decode_head[1]
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipeline.training.losses import Criterion
 
 from pipeline.models import build_model
 from pipeline.params import Params, flatten, load_params, plain, read_yaml
 from pipeline.training.loop import train_step
-from pipeline.training.losses import Criterion
 from pipeline.training.optimization import build_learner
 from stages import recipe
 from tests.unit.sections import REPOSITORY

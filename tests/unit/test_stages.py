@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data import store
+from pipeline.disk import FORMAT
 from stages import evaluate, train
 from tests.unit.sections import document
 
@@ -16,9 +17,9 @@ def workspace(folder: Path, changes: dict[str, object], images: dict[str, int]) 
     prepared = folder / store.PREPARED
     prepared.mkdir(parents=True)
     index = {"name": "x", "classes": ["a"], "palette": [[0, 0, 0]], "ignore_index": 255}
-    index |= {"pixels": [1], "frequency": [1.0], "shards": {}}
-    entry = store.Entry("a", "a.bin", 0, 1, 1)
-    store.write_index(prepared, index, {split: [entry] * images[split] for split in images})
+    index |= {"format": FORMAT, "pixels": [1], "frequency": [1.0], "shards": {}}
+    entry = store.entry_values(store.Entry("a", "a.bin", 0, 1, 1))
+    store.write_index(prepared, index | {"splits": {s: [entry] * images[s] for s in images}})
 
 
 def test_training_without_a_val_image_to_validate_on_is_refused(

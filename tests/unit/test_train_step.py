@@ -7,28 +7,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.transforms import DTYPES
-from pipeline.models import build_model
-from pipeline.params import Params
-from pipeline.training.checkpoint import (
-    build_checkpoint,
-    fill,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
+from pipeline.experiment import Params
+from pipeline.training.checkpoint import build_checkpoint, fill, load_checkpoint, load_weights
+from pipeline.training.checkpoint import save as save_file
 from pipeline.training.loop import train_step
-from pipeline.training.losses import Criterion
-from pipeline.training.optimization import Learner, build_learner, learning_rate
+from pipeline.training.optimization import Learner
+from tests.unit import sections
 from tests.unit.sections import params
 
-CPU = torch.device("cpu")
 SMALL = {
-    "model.name": "pspnet",
+    "model.head.name": "pspnet",
+    "model.head.aux_weight": 0.0,
+    "model.head.channels": 4,
     "model.backbone.name": "resnet18",
     "model.backbone.output_stride": 32,
     "model.backbone.pretrained": None,
-    "model.pspnet.channels": 4,
     "train.batch_size": 4,
     "train.accumulation": 2,
     "train.iterations": 4,
@@ -44,22 +37,19 @@ def setting(**changes: Any) -> Params:
 
 def learner_of(given: Params, seed: int = 0) -> Learner:
     torch.manual_seed(seed)
-    model = build_model(given.model, 3).to(CPU, DTYPES[given.train.precision])
-    return build_learner(model.to(memory_format=torch.channels_last).train(), given.train, CPU)
+    return sections.learner_of(given, 3)
 
 
 def step(given: Params, learner: Learner, iteration: int) -> float:
-    """The step of an iteration, on images drawn from its number."""
+    """The step of an iteration, on images drawn from its number; returns the loss."""
     generator = torch.Generator().manual_seed(iteration)
     images = torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
     targets = torch.randint(0, 3, (4, 32, 32), generator=generator, dtype=torch.uint8)
     targets[0, :9] = 255
     keys = torch.arange(4) + 4 * iteration
-    for group in learner.optimizer.param_groups:
-        group["lr"] = learning_rate(given.train, iteration, group["lr_mult"])
-    criterion = Criterion(given.train.loss, [0.5, 0.25, 0.25], 255, CPU)
-    batch = (images, targets, keys)
-    return train_step(learner.model, learner, criterion, batch, given, CPU).item()
+    learner.set_learning_rate(given.train, iteration)
+    terms = train_step(learner, (images, targets, keys), given.train.accumulation)
+    return sum(term.item() for term in terms.values())
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -71,9 +61,9 @@ def test_a_large_gradient_is_cut_down_to_the_norm():
     for limit in (None, 1e-3, 1e9):
         given = setting(clip_grad_norm=limit, momentum=0.0, weight_decay=0.0)
         learner = learner_of(given)
-        before = weights(learner.model)
+        before = weights(learner.network)
         step(given, learner, 0)
-        after = weights(learner.model)
+        after = weights(learner.network)
         steps[limit] = torch.cat([(after[name] - before[name]).flatten() for name in before])
     assert steps[None].norm() > 0.05 * 2e-3
     assert steps[1e-3].norm().item() == pytest.approx(0.05 * 1e-3, rel=1e-3)
@@ -86,20 +76,20 @@ def test_the_average_follows_the_weights_and_has_the_statistics_of_the_model():
     expected: dict[str, Tensor] = {}
     for iteration in range(3):
         step(given, learner, iteration)
-        now = weights(learner.model)
+        now = weights(learner.network)
         expected = {n: 0.75 * expected.get(n, now[n]) + 0.25 * now[n] for n in now}
     average = weights(learner.measured())
     for name, value in expected.items():
         torch.testing.assert_close(average[name], value, rtol=1e-5, atol=1e-7)
     assert not any(torch.equal(average[name], now[name]) for name in now)
-    buffers = dict(learner.model.named_buffers())
+    buffers = dict(learner.network.named_buffers())
     assert all(torch.equal(buffers[n], b) for n, b in learner.measured().named_buffers())
 
 
 def test_without_a_decay_the_model_itself_is_measured():
     learner = learner_of(setting())
-    assert learner.measured() is learner.model
-    assert learner.states() == {}
+    assert learner.measured() is learner.network
+    assert learner.states().keys() == {"model", "optimizer"}
 
 
 @pytest.mark.parametrize(
@@ -115,9 +105,8 @@ def test_a_training_that_is_taken_up_again_ends_in_the_same_bytes(
     given = setting(**changes)
 
     def save(learner: Learner, iteration: int, name: str) -> bytes:
-        meta = {"best": None, "params": {}} | learner.states()
-        made = build_checkpoint(learner.model, learner.optimizer, iteration, meta)
-        save_checkpoint(made, tmp_path / name)
+        made = build_checkpoint(learner.states(), iteration, None, {"params": {}})
+        save_file(made, tmp_path / name)
         return (tmp_path / name).read_bytes()
 
     whole = learner_of(given)
@@ -127,13 +116,13 @@ def test_a_training_that_is_taken_up_again_ends_in_the_same_bytes(
         step(given, whole, iteration)
     second = learner_of(given, seed=1)
     checkpoint = load_checkpoint(tmp_path / "half.pt")
-    fill(second.model, checkpoint["model"], "half.pt")
+    fill(second.network, checkpoint["model"], "half.pt")
     second.restore(checkpoint)
     for iteration in (2, 3):
         step(given, second, iteration)
     assert save(second, 4, "second.pt") == save(whole, 4, "whole.pt")
 
-    ready = learner_of(given, seed=1).model  # for evaluation, or to start from
+    ready = learner_of(given, seed=1).network  # for evaluation, or to start from
     load_weights(ready, tmp_path / "whole.pt")
     expected = whole.measured().state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in ready.state_dict().items())
@@ -151,7 +140,7 @@ def test_fp16_learns_by_a_scaled_loss_and_leaves_out_a_step_that_overflows():
     assert (scaler["scale"], scaler["_growth_tracker"]) == (256, 3)
 
     learner.scaler.load_state_dict(scaler | {"scale": 2.0**100})
-    before = weights(learner.model)
+    before = weights(learner.network)
     step(given, learner, 3)
-    assert all(torch.equal(before[name], value) for name, value in weights(learner.model).items())
+    assert all(torch.equal(before[name], value) for name, value in weights(learner.network).items())
     assert learner.states()["scaler"]["scale"] == 2.0**99

@@ -16,40 +16,33 @@ from tests.unit.sections import REPOSITORY, params
 
 def train(with_cp: int, iterations: int, side: int) -> dict[str, Any]:
     """PSPNet on ResNet-18: its losses, BN statistics and how much memory it took."""
-    from pipeline.models import build_model
     from pipeline.training.loop import train_step
-    from pipeline.training.losses import Criterion
-    from pipeline.training.optimization import build_learner
+    from tests.unit.sections import learner_of
 
     options = params(
         {
-            "model.name": "pspnet",
+            "model.head.name": "pspnet",
+            "model.head.channels": 16,
             "model.backbone.name": "resnet18",
             "model.backbone.output_stride": 8,
             "model.backbone.pretrained": None,
             "model.backbone.with_cp": bool(with_cp),
-            "model.dropout": 0.1,
-            "model.aux_weight": 0.4,
-            "model.pspnet.channels": 16,
             "train.batch_size": 2,
             "train.optimizer": "sgd",
         }
     )
     torch.manual_seed(0)
-    cpu = torch.device("cpu")
-    model = build_model(options.model, 3).to(memory_format=torch.channels_last).train()
-    learner = build_learner(model, options.train, cpu)
-    criterion = Criterion(options.train.loss, [1.0] * 3, 255, cpu)
+    learner = learner_of(options, 3)
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (2, 3, side, side), np.uint8))
     targets = (images.sum(dim=1) // 256).to(torch.uint8).clamp(max=2)
     losses, before = [], peak_memory()
     for iteration in range(iterations):
         batch = (images, targets, torch.arange(2) + 2 * iteration)
-        losses.append(train_step(model, learner, criterion, batch, options, cpu).item())
+        losses.append(sum(term.item() for term in train_step(learner, batch, 1).values()))
     statistics = {
         name: zlib.crc32(value.numpy().tobytes())
-        for name, value in model.named_buffers()
+        for name, value in learner.network.named_buffers()
         if "running" in name or "num_batches" in name
     }
     memory = peak_memory() - before

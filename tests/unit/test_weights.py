@@ -1,4 +1,4 @@
-"""Checkpoints of others: told apart by content, read without their code, matched by name."""
+"""Files of weights: told apart by content, read without their code, matched by name."""
 
 import builtins
 import logging
@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.training.checkpoint import build_checkpoint, load_file, load_weights, save_checkpoint
-from pipeline.training.foreign import Unread
+from pipeline.models.weights import Unread, backbone_weights, read_file
+from pipeline.training.checkpoint import build_checkpoint, load_weights, save
 
 # Saved by mmengine 0.10.7 after four iterations of a network with these two layers and two heads:
 # Runner.train with SGD, PolyLR, EMAHook(momentum=0.5), a numpy score to save the best by, and the
@@ -64,7 +65,7 @@ def test_a_file_of_mmengine_gives_its_averaged_weights_and_its_classes(
     source = torch.tensor([0.0041, 0.5221, -0.0748, 0.1925, -0.2197, -0.1058])
     loaded = model.decode_head.conv_seg.weight.detach().flatten()
     torch.testing.assert_close(loaded, average, atol=1e-4, rtol=0)
-    content = load_file(MMENGINE)
+    content = read_file(MMENGINE)
     other = content["ema_state_dict"]["module.decode_head.conv_seg.weight"].flatten()
     torch.testing.assert_close(other, source, atol=1e-4, rtol=0)
     load_weights(model, MMENGINE, classes=("background", "leg", "arch"))
@@ -72,7 +73,7 @@ def test_a_file_of_mmengine_gives_its_averaged_weights_and_its_classes(
 
 
 def test_the_objects_of_mmengine_are_left_unread_and_mmengine_is_not_imported():
-    content = load_file(MMENGINE)
+    content = read_file(MMENGINE)
     assert content["meta"]["dataset_meta"]["extra"] == {"a": 1}  # a ConfigDict there
     hub = content["message_hub"]
     losses = hub["log_scalars"]["train/loss"]
@@ -101,7 +102,7 @@ def test_a_file_of_mmsegmentation_0_is_read(prefix: str, zipped: bool, tmp_path:
         "optimizer": torch.optim.SGD(model.parameters(), 0.1, momentum=0.9).state_dict(),
     }
     path = saved(content, tmp_path, _use_new_zipfile_serialization=zipped)
-    assert load_file(path)["meta"]["counts"] == {"a": [1]}
+    assert read_file(path)["meta"]["counts"] == {"a": [1]}
     load_weights(model, path)
     assert same(model, weights)
 
@@ -112,7 +113,7 @@ def test_arrays_of_numpy_1_are_known_by_their_old_names(tmp_path: Path):
     content = path.read_bytes()
     assert content.count(b"numpy._core.multiarray") == 2
     path.write_bytes(content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
-    assert {type(value) for value in load_file(path).values()} == {Unread}
+    assert {type(value) for value in read_file(path).values()} == {Unread}
 
 
 def test_the_second_copy_that_mmcv_keeps_for_averaging_is_left_out(tmp_path: Path):
@@ -137,11 +138,49 @@ def test_a_checkpoint_of_this_tool_is_known_by_its_content(
 ):
     model, other = Tiny(), Tiny()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    meta = {"best": None, "params": {}, "classes": ["a", "b", "c"]}
-    save_checkpoint(build_checkpoint(model, optimizer, 7, meta), tmp_path / "last.pth")
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    about = {"params": {}, "classes": ["a", "b", "c"]}
+    save(build_checkpoint(states, 7, None, about), tmp_path / "last.pth")
     load_weights(other, tmp_path / "last.pth", classes=("a", "c", "b"))
     assert all(other.state_dict()[name].equal(w) for name, w in model.state_dict().items())
     assert "1 is 'b', here 'c'; 2 is 'c', here 'b'" in caplog.text
+
+
+def test_a_file_of_safetensors_is_read_like_any_other(tmp_path: Path):
+    model = Tiny()
+    weights = {name: weight.contiguous() for name, weight in theirs(model).items()}
+    save_file(weights, tmp_path / "given.safetensors")
+    load_weights(model, tmp_path / "given.safetensors")
+    assert same(model, weights)
+    (tmp_path / "broken.safetensors").write_bytes(b"no header")
+    with pytest.raises(ValueError, match=r"broken\.safetensors: not a file of safetensors"):
+        load_weights(model, tmp_path / "broken.safetensors")
+
+
+@pytest.mark.parametrize("form", ["encoder", "whole", "mmsegmentation", "ours", "safetensors"])
+def test_pretrained_takes_the_same_files(form: str, tmp_path: Path):
+    model = Tiny()
+    own = {n: w.contiguous() + 1 for n, w in model.backbone.state_dict().items()}
+    path = tmp_path / ("given.safetensors" if form == "safetensors" else "given.pth")
+    match form:
+        case "encoder":
+            torch.save(own, path)
+        case "safetensors":
+            save_file(own, path)
+        case "whole":
+            torch.save(
+                {f"backbone.{n}": w for n, w in own.items()} | {"x.y": own["conv1.0.weight"]}, path
+            )
+        case "mmsegmentation":
+            torch.save(
+                {"state_dict": {n.replace("conv1", "stem"): w for n, w in own.items()}}, path
+            )
+        case "ours":
+            states = {"model": {f"backbone.{n}": w for n, w in own.items()}, "optimizer": {}}
+            save(build_checkpoint(states, 1, None, {"params": {}}), path)
+    found = backbone_weights(path)
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in own.items())
 
 
 def test_an_auxiliary_head_and_the_counts_of_batches_are_not_needed(tmp_path: Path):
@@ -229,9 +268,9 @@ def test_what_could_run_is_refused_by_name_and_does_not_run(zipped: bool, tmp_pa
 def test_getattr_looks_nothing_up_and_gives_nothing_to_call(tmp_path: Path):
     path = saved({"method": OrderedDict.fromkeys}, tmp_path)
     assert b"getattr" in path.read_bytes()
-    assert type(load_file(path)["method"]) is Unread
+    assert type(read_file(path)["method"]) is Unread
     with pytest.raises(ValueError, match=r"given\.pth: .* call reduce for unrecognized function"):
-        load_file(saved({"call": Payload(OrderedDict.fromkeys, "ab")}, tmp_path))
+        read_file(saved({"call": Payload(OrderedDict.fromkeys, "ab")}, tmp_path))
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
