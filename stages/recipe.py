@@ -2,33 +2,35 @@
 
 A recipe, pipeline/recipes/<name>.yaml, holds a `description`, perhaps what to do `next`, and values
 in the sections of params.yaml; `base` names the pieces, files that begin with an underscore, whose
-values it starts from. Together they set every parameter that changes a result except `data.root`,
-`train.seed` and `train.deterministic`: so a recipe means the same whatever stood in params.yaml.
+values it starts from. Of `data`, `augmentation` and `model` it says everything: what it leaves out
+goes from params.yaml and so has its default. In the other sections it sets what it names.
 """
 
 import argparse
-import difflib
 import json
 import sys
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pipeline.params import flatten, load_params, read_yaml
+from pipeline.comments import read_commented, write_commented
+from pipeline.experiment import load_params
+from pipeline.params import flatten, nearest
+from pipeline.yaml12 import read_yaml
 
 RECIPES = Path(__file__).parents[1] / "pipeline" / "recipes"
 PARAMS = Path("params.yaml")
+WHOLE = ("data", "augmentation", "model")  # the sections of which a recipe says everything
+LEFT = ("data.root", "model.backbone.with_cp")  # but this: it is the user's
+CHOSEN = ("data.format", "model.head")  # their keys, comments included, belong to their name
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """`values` are YAML as it is written, by dotted name; `next` is a line for each thing to do."""
+    """`values` are sections of params.yaml; `next` is a line for each thing to do."""
 
-    values: dict[str, str]
+    values: dict[str, Any]
     next: list[str]
 
 
@@ -69,76 +71,62 @@ def load_recipe(name: str) -> Recipe:
         ValueError: there is none of that name.
     """
     if name not in names():
-        (close,) = difflib.get_close_matches(name, names(), n=1, cutoff=0)
         raise ValueError(
-            f"there is no recipe {name!r}; did you mean {close}? "
+            f"there is no recipe {name!r}; did you mean {nearest(name, names())}? "
             "`python -m stages.recipe list` names all"
         )
-    values: dict[str, str] = {}
+    values: dict[str, Any] = {}
     steps: list[str] = []
-    for path in _pieces(name):
-        text = path.read_text(encoding="utf-8")
-        values |= {key: text[start:end] for key, (_, start, end) in places(text).items()}
-        steps += read_yaml(path).get("next", [])
-    for about in ("description", "base", "next"):
-        values.pop(about, None)
+    for piece in _pieces(name):
+        steps += piece.pop("next", [])
+        merge(values, piece)
+    values.pop("description", None)
     return Recipe(values, steps)
 
 
-def _pieces(name: str) -> list[Path]:
+def _pieces(name: str) -> list[dict[str, Any]]:
     """The files of a recipe, those it is based on first."""
     path = RECIPES / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"{path}: there is no such piece of a recipe")
-    bases = read_yaml(path).get("base", [])
+    piece = read_yaml(path)
+    bases = piece.pop("base", [])
     if not isinstance(bases, list):
         raise ValueError(f"{path}: base must be a list, as [_common, _ade20k]")
-    return [*(piece for base in bases for piece in _pieces(base)), path]
+    return [*(part for base in bases for part in _pieces(base)), piece]
 
 
-def places(text: str) -> dict[str, tuple[int, int, int]]:
-    """Of every dotted name in a YAML text: where the key ends, and the value begins and ends."""
-    return dict(_leaves("", 0, yaml.compose(text, yaml.SafeLoader)))
-
-
-def _leaves(name: str, key_end: int, node: Any) -> Iterator[tuple[str, tuple[int, int, int]]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = f"{name}.{key.value}".removeprefix(".")
-            yield from _leaves(path, key.end_mark.index, value)
-    else:
-        yield name, (key_end, node.start_mark.index, _last(node).end_mark.index)
-
-
-def _last(node: Any) -> Any:
-    # A list of lines that begin with dashes ends, for PyYAML, where the next key begins.
-    lines = isinstance(node, yaml.SequenceNode) and not node.flow_style
-    return _last(node.value[-1]) if lines else node
-
-
-def rewritten(path: Path, values: dict[str, str]) -> str:
-    """The text of a YAML file with other values, and everything else in it as it stands.
-
-    `dvc exp run -S` leaves lists in lines of their own, below the comment of their key, and nothing
-    for null; both become a line again.
+def rewritten(path: Path, values: dict[str, Any]) -> str:
+    """The text of params.yaml, or of a file like it, with the values of a recipe.
 
     Raises:
-        ValueError: the file is no YAML, or lacks a name that is to be set.
+        ValueError: the file is no YAML, or holds nothing.
     """
     if not isinstance(read_yaml(path), dict):
         raise ValueError(f"{path} holds no parameters; `git checkout {path}` brings them back")
-    text = path.read_text(encoding="utf-8")
-    found = places(text)
-    if unknown := [name for name in values if name not in found]:
-        raise ValueError(f"{path} has no parameter {', '.join(unknown)}, which the recipe sets")
-    for name in sorted(values, key=found.__getitem__, reverse=True):
-        key_end, start, end = found[name]
-        comment = text[key_end:start].strip().removeprefix(":").strip()
-        rest = text[end:]
-        if rest.lstrip(" ").startswith("#"):
-            rest = " " + rest.lstrip(" ")
-        text = f"{text[:key_end]}: {' '.join(filter(None, [values[name], comment]))}{rest}"
-    return text
+    document = read_commented(path)
+    for name, section in values.items():
+        if not isinstance(document.get(name), dict):
+            document[name] = {}
+        merge(document[name], section, name if name in WHOLE else None)
+    return write_commented(document)
+
+
+def merge(section: Any, values: dict[str, Any], whole: str | None = None) -> None:
+    """Set values in a section and in those below it.
+
+    `whole` is the section's name where it is to hold nothing else, but what is left to the user.
+    """
+    for key in [*section] if whole else []:
+        stays = key in values and (whole not in CHOSEN or key == "name")
+        if not stays and f"{whole}.{key}" not in LEFT:
+            del section[key]
+            section.ca.items.pop(key, None)
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(section.get(key), dict):
+            merge(section[key], value, whole and f"{whole}.{key}")
+        else:
+            section[key] = value
 
 
 def use(name: str) -> None:
@@ -166,20 +154,22 @@ def use(name: str) -> None:
 def report(name: str, recipe: Recipe, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Print what changed, what a recipe leaves alone, and what is to be done next."""
     print(f"{PARAMS} is now {name}. Changed:")
-    for key, value in after.items():
-        if before[key] != value:
-            print(f"  {key}: {_short(before[key])} -> {_short(value)}")
+    for key in before | after:
+        if key not in before or key not in after or before[key] != after[key]:
+            print(f"  {key}: {_short(before, key)} -> {_short(after, key)}")
     print("Left as they were:")
-    for key, value in after.items():
-        if key not in recipe.values:
-            print(f"  {key}: {_short(value)}")
+    ours = flatten(recipe.values)
+    for key in (key for key in after if key not in ours):
+        print(f"  {key}: {_short(after, key)}")
     print("Next:")
     for step in recipe.next:
         print(f"  {step}")
 
 
-def _short(value: Any) -> str:
-    return textwrap.shorten(json.dumps(value, ensure_ascii=False), 40, placeholder=" ...")
+def _short(values: dict[str, Any], key: str) -> str:
+    if key not in values:
+        return "left out"
+    return textwrap.shorten(json.dumps(values[key], ensure_ascii=False), 40, placeholder=" ...")
 
 
 if __name__ == "__main__":
