@@ -452,6 +452,7 @@ def _connect(params: TrackingParams) -> "tuple[MlflowClient, str]":
 
 
 def _open_store(params: TrackingParams) -> "tuple[MlflowClient, str]":
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it reports its use to its makers
     from filelock import FileLock
     from mlflow import MlflowClient
 

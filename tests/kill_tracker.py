@@ -14,8 +14,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from pipeline.params import TrackingParams
-from pipeline.tracking import open_training_run
+from pipeline.tracking import TrackingParams, open_training_run
 
 ITERATIONS, VALIDATION = 30, 5
 SCORES = [f"val/{kind}.class {c}" for kind in ("iou", "dice", "recall") for c in range(350)]

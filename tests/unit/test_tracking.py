@@ -20,8 +20,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_metric_name
 
 from pipeline import tracking
-from pipeline.params import TrackingParams
-from pipeline.tracking import Tracker, metric_name, open_evaluation_run, open_training_run, tracked
+from pipeline.tracking import (
+    Tracker,
+    TrackingParams,
+    metric_name,
+    open_evaluation_run,
+    open_training_run,
+    tracked,
+)
 from tests.project import REPOSITORY, environment
 
 PARAMS = TrackingParams(uri=None, experiment="tests", log_interval=1)
