@@ -113,6 +113,12 @@ def test_a_change_runs_what_depends_on_it(project: Path) -> None:
     set_params(project, {"train.lr": 0.01, "train.workers": 1})
     assert planned(project) is None
     set_params(project, {"train.workers": 0})
+    code = project / "pipeline/training/params.py"
+    original = code.read_bytes()
+    code.write_bytes(original + b"# a comment\n")
+    assert "up to date" in dvc(project, "status", "prepare")
+    assert planned(project) == "train"
+    code.write_bytes(original)
     image = project / "data/feet/images/train/foot 00.png"
     original = image.read_bytes()
     changed = cv2.imread(str(image))

@@ -155,6 +155,25 @@ def test_imagenet_weights_that_nobody_offers_are_refused(name: str):
         build_backbone(section)
 
 
+@pytest.mark.parametrize(
+    ("raised", "seen", "text"),
+    [
+        (OSError("no network"), ValueError, r"resnet50c can't be fetched \(no network\); name a"),
+        (RuntimeError("a bug"), RuntimeError, "a bug"),
+    ],
+)
+def test_only_a_failed_download_is_told_as_one(
+    raised: Exception, seen: type, text: str, monkeypatch: pytest.MonkeyPatch
+):
+    def create_model(*arguments: object, **options: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("timm.create_model", create_model)
+    section = options(**{"backbone.name": "resnet50c", "backbone.pretrained": "imagenet"}).backbone
+    with pytest.raises(seen, match=text):
+        build_backbone(section)
+
+
 @pytest.mark.parametrize("stride", [8, 16, 32])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50c", "efficientnet_lite0"])
 def test_the_output_stride_is_respected(name: str, stride: int):
