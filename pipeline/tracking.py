@@ -323,7 +323,9 @@ def open_evaluation_run(
             client, experiment = _connect(params)
             run = _find(client, run_id)
             if run is None or run.data.tags.get(EVALUATION_TAG) not in (None, fingerprint):
-                run = _evaluation_run(client, experiment, run_id, fingerprint, name)
+                run = _evaluation_run(
+                    client, experiment, parent=run_id, fingerprint=fingerprint, name=name
+                )
     except Exception as error:
         return _untracked(error)
     tags = tags | {EVALUATION_TAG: fingerprint}

@@ -32,7 +32,13 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.loop import Intervals, Progress, train
 from pipeline.training.optimization import Learner, build_learner
-from pipeline.training.state import State, result_params, start_files, train_fingerprint
+from pipeline.training.state import (
+    Identity,
+    State,
+    result_params,
+    start_files,
+    train_fingerprint,
+)
 
 log = logging.getLogger("instep")
 
@@ -247,11 +253,16 @@ def open_run(params: Params, store: Store, state: State, progress: Progress) -> 
     name = tags.get("dvc.exp_name", f"{params.model.head.name}-{state.fingerprint[:8]}")
     sections = plain(params)
     parameters = {part: sections[part] for part in ("data", "augmentation", "model", "train")}
-    dataset = (store.name, store.md5, str(PREPARED))
     if progress.iteration == params.train.total:
         del tags["world_size"]  # of the processes that trained it, which these are not
     tracker = open_training_run(
-        params.tracking, state.run_id, state.remember_run, name, flatten(parameters), tags, dataset
+        params.tracking,
+        state.run_id,
+        state.remember_run,
+        name=name,
+        parameters=flatten(parameters),
+        tags=tags,
+        dataset=(store.name, store.md5, str(PREPARED)),
     )
     for entry in progress.history:
         tracker.log(entry)
@@ -262,7 +273,7 @@ def write_outputs(work_dir: Path, state: State, tracker: Tracker) -> None:
     """Hand DVC the checkpoints, the curves and the run's identity; MLflow gets the same files."""
     state.write_outputs(work_dir)
     run_id = tracker.run_id or state.run_id  # which an attempt may have opened before this one
-    identity = {"format": FORMAT, "run_id": run_id, "fingerprint": state.fingerprint}
+    identity = Identity(format=FORMAT, run_id=run_id, fingerprint=state.fingerprint)
     (work_dir / "run.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
     tracker.log_artifacts(sorted((work_dir / "checkpoints").iterdir()), "checkpoints")
     tracker.log_artifacts([work_dir / "train.log"], "")

@@ -99,7 +99,7 @@ class SetLoss:
             matches = self._match(exact, extent, target, keys)
             sums = torch.stack(
                 [
-                    self._sums(prediction, match, extent, target, keys, number)
+                    self._sums(prediction, match, extent, target, keys=keys, number=number)
                     for number, (prediction, match) in enumerate(zip(exact, matches, strict=True))
                 ]
             ).sum(dim=0)
@@ -184,7 +184,7 @@ class SetLoss:
             reduction="sum",
         )
         masks = prediction.masks[images, queries][:, None]  # (M,1,h,w)
-        points = self._points(masks, images, extent, target, keys, number)
+        points = self._points(masks, images, extent, target, keys=keys, number=number)
         inside, valid = self._labelled(target, images, points, classes[:, None])
         inside, logits = inside[:, 0], sample(masks, within(points, extent))[:, 0]  # (M,P)
         outside = valid - inside
