@@ -82,8 +82,8 @@ def train(
     ends = (options.iterations, options.total)
     recent: dict[str, Tensor] = {}
     watch = Stopwatch(device, options.batch_size)
-    show = not (main and sys.stderr.isatty())
-    bar = tqdm(total=options.total, initial=progress.iteration, desc="train", disable=show)
+    quiet = not (main and sys.stderr.isatty())
+    bar = tqdm(total=options.total, initial=progress.iteration, desc="train", disable=quiet)
     learner.model.train()
     for batch in loader:
         watch.fetched()
