@@ -1,18 +1,28 @@
 # make repro: from a fresh clone to a trained, evaluated, tracked model. make test: the whole test suite.
+# make check: before a commit. make coverage: the whole suite, and what it reaches.
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install repro test lint ui
+.PHONY: install repro check test coverage lint ui lock
 
 install: $(INSTALLED)
 
 repro: $(INSTALLED)
 	dvc repro
 
+check: lint
+	python -m pytest -m "not slow" --durations 5 --durations-min 1
+
 test: $(INSTALLED)
 	python -m pytest
+
+coverage: $(INSTALLED)
+	coverage erase
+	coverage run -m pytest
+	coverage combine --quiet
+	coverage report
 
 lint: $(INSTALLED)
 	ruff check
@@ -22,9 +32,23 @@ lint: $(INSTALLED)
 ui: $(INSTALLED)
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
-# requirements.lock pins every package; pyproject.toml says which of them the project asks for.
-$(INSTALLED): pyproject.toml requirements.lock
+# requirements.lock pins every package and its hashes, but for torch, torchvision and what they bring
+# for CUDA: each platform has its own builds of these, in the index that pip is set to. pip and
+# setuptools come first: they build the one package that has no wheel.
+$(INSTALLED): pyproject.toml requirements.lock requirements-torch.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	python -m pip install --quiet --upgrade "pip>=25.1"
-	python -m pip install --quiet --constraint requirements.lock --editable . --group dev
+	sed -nE '/^(pip|setuptools)==/,/# via/p' requirements.lock > $(VENV)/first.txt
+	python -m pip install --quiet --require-hashes --requirement $(VENV)/first.txt
+	python -m pip install --quiet --require-hashes --no-deps --no-build-isolation --requirement requirements.lock
+	python -m pip install --quiet --requirement requirements-torch.txt
+	python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	python -m pip check
 	touch $@
+
+# After a change of pyproject.toml. It keeps the versions that requirements.lock has;
+# `make lock UPGRADE=--upgrade` takes the newest. uv is there after `make install`.
+lock:
+	uv pip compile --quiet $(UPGRADE) --group dev --python-version 3.11 --python-platform linux \
+	    --generate-hashes --annotation-style line --custom-compile-command "make lock" \
+	    --constraint requirements-torch.txt --no-emit-package torch --no-emit-package torchvision \
+	    --output-file requirements.lock pyproject.toml

@@ -1,17 +1,23 @@
-"""The only module that talks to MLflow. Logging happens in a thread and never holds up a step.
+"""The only module that talks to MLflow. No failure of its store ends a training or an evaluation.
 
-Whatever a run must hold can be said again without harm: points that MLflow has are not sent a
-second time, since it can neither replace nor delete one.
+A thread tells the store what a stage logs, so that no step waits for it; what the store refuses is
+told again until the stage has ended and waited for a while. MLflow can neither replace nor delete a
+point, so a point that a run holds already is not sent a second time.
 """
 
+import hashlib
 import logging
 import os
 import queue
 import re
+import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +27,26 @@ from pipeline.params import Positive, Section, main_checkout
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Metric, Run
 
 log = logging.getLogger("instep")
 Entry = dict[str, Any]
 
+DVC_TAGS = {"dvc.exp_name": "DVC_EXP_NAME", "dvc.baseline_rev": "DVC_EXP_BASELINE_REV"}
 EVALUATION_TAG = "evaluation"  # the fingerprint of the evaluation whose scores a run holds
 PARENT_TAG = "mlflow.parentRunId"
-PATIENCE = 60.0  # seconds that the end of a stage waits for the last points to be sent
+# Every training of a fingerprint has these metrics at the same steps, and saves its state before
+# it goes on from such a step; which others there are depends on tracking.log_interval.
+SCORES = ("val/", "evaluation/")
+BATCH = 1000  # the most points that MLflow takes at once
+NAME_LENGTH = 250  # the longest name that MLflow takes
+
+# All in seconds.
+OPENING = 60.0  # a stage's start waits no longer for the store (which may have tables to create)
+ANSWER = 10  # nor for one answer of a server
+PATIENCE = 60.0  # the end of a stage waits as long for the store to take the rest
+HASTE = 5.0  # as long after a signal: whoever has sent it may soon send SIGKILL
+SPARE = 2.0  # and this much longer for the answer to a request that is under way
 RETRY = 1.0
 
 
@@ -41,7 +59,7 @@ class TrackingParams(Section):
 
 
 class Tracker:
-    """Tracks nothing: for every rank but the first, and where MLflow is not installed."""
+    """Tracks nothing: for every rank but the first, and where there is no MLflow store."""
 
     run_id: str | None = None
 
@@ -52,92 +70,210 @@ class Tracker:
         """Copy files, and the content of folders, into a folder of the run's artifacts."""
 
     def finish(self, status: str) -> None:
-        """Send what is left, and end the run with this status: FINISHED or FAILED."""
+        """Send what is left, and end the run with this status: FINISHED, FAILED or KILLED.
+
+        Says in one line of the log what the store did not take.
+        """
 
 
 class MlflowTracker(Tracker):
     """Tracks into one MLflow run. Points it already holds are not sent again.
 
-    A training's tracker also samples the machine's load, and ends the run.
+    `run` is the run as the store has it now, `describe` tells the store what the run is about. A
+    training's tracker also samples the machine's load, and ends the run.
     """
 
-    def __init__(self, client: "MlflowClient", run_id: str, training: bool) -> None:
-        self.run_id: str = run_id
+    def __init__(
+        self, client: "MlflowClient", run: "Run", describe: Callable[[], None], training: bool
+    ) -> None:
+        self.run_id: str = run.info.run_id
         self._client = client
+        self._describe: Callable[[], None] | None = describe
         self._training = training
-        self._entries: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
+        # Of each metric the last step that the run holds; all its steps, where that is too little.
+        self._last = {point.key: int(point.step) for point in run.data.to_proto().metrics}
+        self._steps: dict[str, set[int]] = {}
+        self._waiting: list[Metric] = []  # what the store has not taken yet
+        self._lost_files = 0
+        self._trouble, self._file_trouble = "", ""  # why the store has refused something
+        self._status: str | None = None  # which is to be told, and the one that has been
+        self._told: str | None = None
+        self._deadline: float | None = None  # set by `finish`
+        self._news = threading.Event()
+        self._reporting = threading.Lock()
+        self._reported = False
+        self._monitor = _sample_load(client, run) if training else None
+        self._load_ended = training and self._monitor is None
+        self._thread = threading.Thread(target=self._tell_all, name="mlflow", daemon=True)
         self._thread.start()
-        if training:
-            from mlflow.system_metrics import system_metrics_monitor
-
-            untyped: Any = system_metrics_monitor.SystemMetricsMonitor
-            self._monitor = untyped(run_id, resume_logging=True, tracking_uri=client.tracking_uri)
-            self._monitor.start()
 
     def log(self, entry: Entry) -> None:
-        self._entries.put(entry | {"at": int(time.time() * 1000)})
-
-    def _send_all(self) -> None:
-        """Send entries as they come; after the last, try for a while what the store refused."""
-        waiting: list[Entry] = []
-        deadline: float | None = None
-        sent: set[tuple[str, int]] | None = None
-        while deadline is None or (waiting and time.monotonic() < deadline):
-            taken = [self._entries.get()] if deadline is None else []
-            while not self._entries.empty():
-                taken.append(self._entries.get())
-            if None in taken:
-                deadline = time.monotonic() + PATIENCE
-            waiting += [entry for entry in taken if entry is not None]
-            try:
-                sent = self._points() if sent is None else sent
-                self._send(waiting, sent)
-                waiting = []
-            except Exception as error:  # a broken store must not end a training
-                log.warning("MLflow did not take %d entries: %s", len(waiting), error)
-                time.sleep(RETRY)
-
-    def _points(self) -> set[tuple[str, int]]:
-        """Metric and step of every point that the run holds."""
-        return {
-            (key, point.step)
-            for key in self._client.get_run(self.run_id).data.metrics
-            for point in self._client.get_metric_history(self.run_id, key)
-        }
-
-    def _send(self, entries: list[Entry], sent: set[tuple[str, int]]) -> None:
         from mlflow.entities import Metric
 
+        now = int(time.time() * 1000)
         points = [
-            Metric(metric_name(name), float(value), entry["at"], entry["iteration"])
-            for entry in entries
+            Metric(metric_name(name), float(value), now, entry["iteration"])
             for name, value in entry.items()
-            if name not in ("iteration", "at") and value is not None
+            if name != "iteration" and value is not None
         ]
-        new = [point for point in points if (point.key, point.step) not in sent]
-        for start in range(0, len(new), 1000):  # the most that MLflow takes at once
-            batch = new[start : start + 1000]
+        if self._deadline is None:  # else a signal has ended the run already
+            self._waiting += points
+            self._news.set()
+
+    def _tell_all(self) -> None:
+        """The thread: tell the store all that is logged, until the end or its deadline."""
+        while True:
+            deadline = self._deadline
+            self._tell()
+            if deadline and (not self._missing() or time.monotonic() > deadline):
+                break
+            if self._trouble:
+                time.sleep(RETRY)
+            elif not deadline:
+                self._news.wait()
+            self._news.clear()
+        if self._monitor is not None:
+            process = self._monitor._process
+            self._load_ended = process is None or not process.is_alive()
+            self._monitor.finish()
+
+    def _tell(self) -> None:
+        """Try to tell the store each thing that it lacks."""
+        problem = None
+        for tell in (self._tell_description, self._tell_points, self._tell_end):
+            try:
+                tell()
+            except Exception as error:  # a broken store must not end a training
+                problem = error
+        if problem and not self._trouble:
+            log.warning("MLflow refuses what is logged, which waits: %s", _line(problem))
+        elif self._trouble and not problem:
+            log.info("MLflow has taken what waited")
+        self._trouble = _line(problem) if problem else ""
+
+    def _tell_description(self) -> None:
+        if self._describe is not None:
+            self._describe()
+            self._describe = None
+
+    def _tell_points(self) -> None:
+        """Send points in the order in which they were logged: a kill leaves the first of them.
+
+        A database takes each batch whole or not at all.
+        """
+        while count := min(len(self._waiting), BATCH):
+            batch = [point for point in self._waiting[:count] if self._is_new(point)]
             self._client.log_batch(self.run_id, metrics=batch)
-            sent |= {(point.key, point.step) for point in batch}
+            for point in batch:
+                self._last[point.key] = max(point.step, self._last.get(point.key, point.step))
+                self._steps.get(point.key, set()).add(point.step)
+            del self._waiting[:count]
+
+    def _is_new(self, point: "Metric") -> bool:
+        """Whether the run lacks this point, by as few requests as possible.
+
+        Since points arrive in order, those after a metric's last step are missing. Those before it
+        are there, if all attempts at a training log the metric at the same steps. Of other metrics,
+        which are few, the store is asked for all steps, once.
+        """
+        last = self._last.get(point.key)
+        if last is None or point.step > last:
+            return True
+        if point.key.startswith(SCORES):
+            return False
+        if point.key not in self._steps:
+            history = self._client.get_metric_history(self.run_id, point.key)
+            self._steps[point.key] = {held.step for held in history}
+        return point.step not in self._steps[point.key]
+
+    def _tell_end(self) -> None:
+        status = self._status
+        if self._training and status != self._told:
+            self._client.set_terminated(self.run_id, status)
+            self._told = status
+
+    def _missing(self) -> list[str]:
+        """What the store has not taken and may still take, in words."""
+        missing = [f"{len(self._waiting)} points"] if self._waiting else []
+        if self._describe is not None:
+            missing.append("its parameters and tags")
+        if self._training and self._status != self._told:
+            missing.append("its end")
+        return missing
 
     def log_artifacts(self, paths: Iterable[Path], folder: str) -> None:
-        try:
-            for path in paths:
-                copy = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-                copy(self.run_id, str(path), folder)
-        except Exception as error:
-            log.warning("MLflow did not take the artifacts: %s", error)
+        for path in paths:
+            copy = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+            try:
+                if not self._lost_files:  # a store that has failed once would only cost more time
+                    copy(self.run_id, str(path), folder)
+                    continue
+            except Exception as error:
+                self._file_trouble = _line(error)
+            self._lost_files += sum(file.is_file() for file in (path, *path.rglob("*")))
 
     def finish(self, status: str) -> None:
-        self._entries.put(None)
-        self._thread.join(2 * PATIENCE)
-        if self._training:
-            self._monitor.finish()
-            try:
-                self._client.set_terminated(self.run_id, status)
-            except Exception as error:
-                log.warning("MLflow did not take the end of run %s: %s", self.run_id, error)
+        if self._status != "KILLED":  # an error may follow: a rank has lost the others
+            self._status = status
+        patience = HASTE if self._status == "KILLED" else PATIENCE
+        self._deadline = time.monotonic() + patience
+        self._news.set()
+        self._thread.join(patience + SPARE)
+        with self._reporting:  # a signal's thread and the main one may both be here
+            missing = self._missing()
+            if self._lost_files:
+                missing.append(f"{self._lost_files} files")
+            if self._load_ended:
+                missing.append("the rest of the machine's load")
+            if missing and not self._reported:
+                reason = self._trouble or self._file_trouble or "no answer in time"
+                log.warning("MLflow's run %s lacks %s: %s", self.run_id, ", ".join(missing), reason)
+            self._reported = True
+
+
+@contextmanager
+def tracked(tracker: Tracker) -> Iterator[None]:
+    """Do the work of a `with` block, and end the tracker's run as the work ends.
+
+    FINISHED where the block ends, FAILED by an error, KILLED by Ctrl-C or SIGTERM. A thread ends
+    run and process after a signal, and not the main one, which may be waiting inside of torch for
+    a rank that the same signal has ended.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def end_when_told() -> None:
+        while (number := int.from_bytes(os.read(reader, 1))) not in signals:
+            if not number:  # the block has ended
+                return
+        log.warning(
+            "ended by %s; the same command goes on from the last checkpoint",
+            signal.Signals(number).name,
+        )
+        tracker.finish("KILLED")
+        sys.stdout.flush()
+        os._exit(128 + number)
+
+    thread = threading.Thread(target=end_when_told, name="signals", daemon=True)
+    thread.start()
+    before = {number: signal.signal(number, lambda *_: None) for number in signals}
+    descriptor = signal.set_wakeup_fd(writer)
+    try:
+        yield
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    else:
+        tracker.finish("FINISHED")
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.write(writer, b"\0")
+        thread.join()
+        os.close(reader)
+        os.close(writer)
 
 
 def open_training_run(
@@ -151,19 +287,21 @@ def open_training_run(
 ) -> Tracker:
     """Continue the run, if the store has it, or open a new one and have it remembered at once.
 
-    dataset: its name, its md5 and where it lies.
+    dataset: its name, its md5 and where it lies. Where the store fails, the result tracks nothing.
     """
-    client = _connect(params)
-    if client is None:
-        return Tracker()
-    run = _find(client, run_id)
-    if run is None:
-        run = client.create_run(_experiment(client, params), run_name=name)
-        remember(run.info.run_id)
-    else:
-        client.update_run(run.info.run_id, status="RUNNING")
-    _describe(client, run, parameters, tags, dataset)
-    return MlflowTracker(client, run.info.run_id, training=True)
+    try:
+        with _brief_requests():
+            client, experiment = _connect(params)
+            run = _find(client, run_id)
+            if run is None:
+                run = client.create_run(experiment, run_name=name)
+                remember(run.info.run_id)
+            else:
+                _continue(client, run, name, tags)
+    except Exception as error:
+        return _untracked(error)
+    describe = partial(_describe, client, run, parameters, tags, dataset)
+    return MlflowTracker(client, run, describe, training=True)
 
 
 def open_evaluation_run(
@@ -178,32 +316,51 @@ def open_evaluation_run(
     """The run that holds this evaluation's scores.
 
     The training's own for its first evaluation; for any other, and where the store lacks that run,
-    one below it.
+    one below it. Where the store fails, the result tracks nothing.
     """
-    client = _connect(params)
-    if client is None:
-        return Tracker()
-    run = _find(client, run_id)
-    if run is None or run.data.tags.get(EVALUATION_TAG) not in (None, fingerprint):
-        experiment = _experiment(client, params)
-        mine = f"tags.{EVALUATION_TAG} = '{fingerprint}'"
-        mine += f" and tags.`{PARENT_TAG}` = '{run_id}'" if run_id else ""
-        same = client.search_runs([experiment], mine, max_results=1)
-        if same:
-            run = same[0]
-        else:
-            parent = {PARENT_TAG: run_id} if run_id else {}
-            run = client.create_run(
-                experiment, run_name=name, tags=parent | {EVALUATION_TAG: fingerprint}
-            )
-            client.set_terminated(run.info.run_id)
-    _describe(client, run, parameters, tags | {EVALUATION_TAG: fingerprint}, dataset)
-    return MlflowTracker(client, run.info.run_id, training=False)
+    try:
+        with _brief_requests():
+            client, experiment = _connect(params)
+            run = _find(client, run_id)
+            if run is None or run.data.tags.get(EVALUATION_TAG) not in (None, fingerprint):
+                run = _evaluation_run(
+                    client, experiment, parent=run_id, fingerprint=fingerprint, name=name
+                )
+    except Exception as error:
+        return _untracked(error)
+    tags = tags | {EVALUATION_TAG: fingerprint}
+    describe = partial(_describe, client, run, parameters, tags, dataset)
+    return MlflowTracker(client, run, describe, training=False)
+
+
+def _evaluation_run(
+    client: "MlflowClient", experiment: str, parent: str | None, fingerprint: str, name: str
+) -> "Run":
+    """The run of its own that holds this evaluation's scores, created where the store lacks it."""
+    mine = f"tags.{EVALUATION_TAG} = '{fingerprint}'"
+    mine += f" and tags.`{PARENT_TAG}` = '{parent}'" if parent else ""
+    same = client.search_runs([experiment], mine, max_results=1)
+    if same:
+        return same[0]
+    tags = {PARENT_TAG: parent} if parent else {}
+    run = client.create_run(experiment, run_name=name, tags=tags | {EVALUATION_TAG: fingerprint})
+    client.set_terminated(run.info.run_id)
+    return run
 
 
 def metric_name(name: str) -> str:
-    """A name with only the characters that MLflow allows in one."""
-    return re.sub(r"[^\w\-./ :]", "_", name)
+    """The name as MLflow takes it: another for every other name, and most of them unchanged.
+
+    A character that MLflow refuses becomes its number between colons, `a|b` -> `a:7c:b`; so do a
+    colon, and slashes and dots where MLflow, which takes a name for a path, refuses the path:
+    `/a`, `a//b`, `a/`, `a/../b`. Of a name that is too long, the end becomes the md5 of the whole.
+    """
+    refused = r"[^\w\-./ ]|(?<![^/])/|/\Z|(?<![^/])\.(?=\.?(?:/|\Z))|\A\.(?=\.)"
+    valid = re.sub(refused, lambda found: f":{ord(found[0]):x}:", name) or "::"
+    if len(valid) > NAME_LENGTH:
+        digest = hashlib.md5(name.encode("utf-8", "surrogatepass")).hexdigest()
+        valid = f"{valid[: NAME_LENGTH - len(digest) - 2]}:{digest}:"
+    return valid
 
 
 def git_tags() -> dict[str, str]:
@@ -227,8 +384,7 @@ def git_tags() -> dict[str, str]:
 
 def dvc_tags() -> dict[str, str]:
     """Which DVC experiment a stage runs for; empty in a plain `dvc repro`."""
-    names = {"dvc.exp_name": "DVC_EXP_NAME", "dvc.baseline_rev": "DVC_EXP_BASELINE_REV"}
-    return {tag: os.environ[name] for tag, name in names.items() if os.environ.get(name)}
+    return {tag: os.environ[name] for tag, name in DVC_TAGS.items() if os.environ.get(name)}
 
 
 def _git(*arguments: str) -> str | None:
@@ -239,26 +395,76 @@ def _git(*arguments: str) -> str | None:
     return done.stdout
 
 
-def _connect(params: TrackingParams) -> "MlflowClient | None":
-    try:
-        from mlflow import MlflowClient
-    except ImportError:
-        log.warning("MLflow is not installed: this run is tracked nowhere")
-        return None
-    from filelock import FileLock
+def _untracked(error: Exception) -> Tracker:
+    """The tracker of a stage for which there is no store; says so."""
+    missing = isinstance(error, ImportError) and error.name == "mlflow"
+    reason = "MLflow is not installed" if missing else f"MLflow can't be used: {_line(error)}"
+    log.warning("this run is tracked nowhere, %s", reason)
+    return Tracker()
 
-    for name in ("alembic", "mlflow"):  # a new database tells the story of its tables otherwise
-        logging.getLogger(name).setLevel(logging.WARNING)
+
+def _line(error: Exception) -> str:
+    """An error's message in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+@contextmanager
+def _brief_requests() -> Iterator[None]:
+    """Within the block wait for seconds, not minutes, for a server that does not answer.
+
+    After it MLflow's own time limit counts again, since a server needs its time for a large file.
+    MLflow's variables of the environment, where they are set, are left as they are.
+    """
+    limit = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # within about five seconds
+    given = os.environ.get(limit)
+    os.environ.setdefault(limit, str(ANSWER))
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[limit]
+
+
+def _connect(params: TrackingParams) -> "tuple[MlflowClient, str]":
+    """A client of the store, and the experiment's id there.
+
+    Raises:
+        TimeoutError: it took longer than OPENING.
+    """
+    answers: queue.SimpleQueue[tuple[MlflowClient, str] | Exception] = queue.SimpleQueue()
+
+    def connect() -> None:
+        try:
+            answers.put(_open_store(params))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=connect, name="mlflow-open", daemon=True).start()
+    try:
+        answer = answers.get(timeout=OPENING)
+    except queue.Empty:
+        raise TimeoutError(
+            f"no answer in {OPENING:g} s; MLFLOW_TRACKING_URI, or tracking.uri, names the store"
+        ) from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _open_store(params: TrackingParams) -> "tuple[MlflowClient, str]":
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it reports its use to its makers
+    from filelock import FileLock
+    from mlflow import MlflowClient
+
+    for name in ("alembic", "mlflow", "urllib3"):  # they tell in many lines what we say in one
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     folder = main_checkout() / ".dvc" / "tmp"
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / "instep-mlflow.lock"):  # two can't create the tables at once
-            client = MlflowClient(_store_uri(params))
-            _experiment(client, params)
-    except Exception as error:  # a broken store must not keep a training from its work
-        log.warning("MLflow can't be reached, this run is tracked nowhere: %s", error)
-        return None
-    return client
+    with FileLock(folder / "instep-mlflow.lock"):  # two can't create the tables at once
+        client = MlflowClient(_store_uri(params))
+        return client, _experiment(client, params)
 
 
 def _store_uri(params: TrackingParams) -> str:
@@ -295,6 +501,33 @@ def _find(client: "MlflowClient", run_id: str | None) -> "Run | None":
             raise
         return None
     return run if run.info.lifecycle_stage == "active" else None
+
+
+def _continue(client: "MlflowClient", run: "Run", name: str, tags: dict[str, str]) -> None:
+    """Open a run again, under the name of the DVC experiment that goes on with it.
+
+    Within one experiment the run keeps its name: a user may have given it another.
+    """
+    held = run.data.tags
+    moved = held.get("dvc.exp_name") != tags.get("dvc.exp_name")
+    client.update_run(run.info.run_id, status="RUNNING", name=name if moved else None)
+    for stale in (DVC_TAGS.keys() & held.keys()) - tags.keys():
+        client.delete_tag(run.info.run_id, stale)
+
+
+def _sample_load(client: "MlflowClient", run: "Run") -> Any:
+    """A thread of MLflow's that sends the machine's load, or None where it can't be started."""
+    try:
+        from mlflow.system_metrics import system_metrics_monitor
+
+        untyped: Any = system_metrics_monitor.SystemMetricsMonitor
+        again = bool(run.data.metrics)
+        monitor = untyped(run.info.run_id, resume_logging=again, tracking_uri=client.tracking_uri)
+        monitor.start()
+    except Exception as error:
+        log.warning("MLflow can't sample the machine's load: %s", _line(error))
+        return None
+    return monitor
 
 
 def _describe(

@@ -22,7 +22,7 @@ from pipeline.params import flatten, plain
 from pipeline.precision import PRECISIONS, Normalization
 from pipeline.tracking import dvc_tags, git_tags, open_evaluation_run
 from pipeline.training.checkpoint import Checkpoint, fill, load_checkpoint
-from pipeline.training.state import State, evaluation_fingerprint
+from pipeline.training.state import Identity, State, evaluation_fingerprint
 
 METRICS = Path("metrics.json")
 
@@ -41,7 +41,7 @@ def main() -> None:
 def run(params: Params, device: torch.device) -> None:
     """Measure the best checkpoint, or the last where the training was not validated."""
     work_dir = Path(params.train.work_dir)
-    identity = json.loads((work_dir / "run.json").read_text(encoding="utf-8"))
+    identity: Identity = json.loads((work_dir / "run.json").read_text(encoding="utf-8"))
     check_format(identity, work_dir / "run.json", "run `dvc repro -f train`")
     if distributed.rank() == 0:
         State(identity["fingerprint"]).finish()  # DVC has the training's outputs by now
@@ -72,15 +72,10 @@ def run(params: Params, device: torch.device) -> None:
     METRICS.write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     folder = work_dir / "evaluation"
     write_plots(folder, scores, confusion, store)
-    write_overlays(folder / "overlays", predictor, split, choose(image_scores), store)
-    record(
-        params,
-        store,
-        identity=identity,
-        checkpoint=checkpoint,
-        scores=scores,
-        folder=folder,
+    write_overlays(
+        folder / "overlays", predictor, split=split, chosen=choose(image_scores), store=store
     )
+    record(params, store, identity=identity, scores=scores, folder=folder)
     print(summary)
 
 
@@ -112,8 +107,7 @@ def record(
     params: Params,
     store: Store,
     *,
-    identity: dict[str, Any],
-    checkpoint: Checkpoint,
+    identity: Identity,
     scores: dict[str, Any],
     folder: Path,
 ) -> None:
@@ -130,17 +124,16 @@ def record(
     tracker = open_evaluation_run(
         params.tracking,
         identity["run_id"],
-        fingerprint,
-        f"evaluation-{fingerprint[:8]}",
-        flatten(logged),
-        tags,
-        (store.name, store.md5, str(PREPARED)),
+        fingerprint=fingerprint,
+        name=f"evaluation-{fingerprint[:8]}",
+        parameters=flatten(logged),
+        tags=tags,
+        dataset=(store.name, store.md5, str(PREPARED)),
     )
-    split = params.evaluation.split
-    # MLflow draws one step that is equal in all runs as bars; val is a curve over the iterations.
-    step = checkpoint["iteration"] if split == "val" else 0
-    named = {f"{split}/{name}": score for name, score in flatten(scores).items()}
-    tracker.log({"iteration": step, **named})
+    # Not under the split's name: val/ holds the training's validation, at one scale, unflipped.
+    # At step 0 always: MLflow draws one step that is equal in all runs as bars.
+    named = {f"evaluation/{name}": score for name, score in flatten(scores).items()}
+    tracker.log({"iteration": 0, **named})
     tracker.log_artifacts([*sorted(folder.glob("*.tsv")), METRICS], "evaluation")
     tracker.log_artifacts([folder / "overlays"], "evaluation/overlays")
     tracker.finish("FINISHED")

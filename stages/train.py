@@ -21,7 +21,7 @@ from pipeline.models import ModelParams, build_model
 from pipeline.models.network import Labels
 from pipeline.params import flatten, plain
 from pipeline.precision import PRECISIONS, Normalization
-from pipeline.tracking import Tracker, dvc_tags, git_tags, open_training_run
+from pipeline.tracking import Tracker, dvc_tags, git_tags, open_training_run, tracked
 from pipeline.training.checkpoint import (
     Best,
     Checkpoint,
@@ -32,7 +32,13 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.loop import Intervals, Progress, train
 from pipeline.training.optimization import Learner, build_learner
-from pipeline.training.state import State, result_params, start_files, train_fingerprint
+from pipeline.training.state import (
+    Identity,
+    State,
+    result_params,
+    start_files,
+    train_fingerprint,
+)
 
 log = logging.getLogger("instep")
 
@@ -65,11 +71,11 @@ def run(params: Params, device: torch.device) -> None:
             log.setLevel(logging.ERROR)  # the first process says it for all
         distributed.barrier()
         distributed.seed_everything(options.seed, options.deterministic)
-        learner = build(params, store, device, pretrained=starts_anew(params, state))
-        progress = resume(params, store, state, learner)
+        checkpoint, progress = starting_point(params, state)
+        learner = build(params, store, checkpoint, device)
         tracker = open_run(params, store, state, progress) if first else Tracker()
         rare = options.rare_class_temperature
-        try:
+        with tracked(tracker):
             train(
                 learner,
                 progress,
@@ -101,10 +107,6 @@ def run(params: Params, device: torch.device) -> None:
             )
             if first:
                 write_outputs(Path(options.work_dir), state, tracker)
-        except BaseException:
-            tracker.finish("FAILED")
-            raise
-        tracker.finish("FINISHED")
 
 
 def result_of(params: Params) -> dict[str, Any]:
@@ -140,23 +142,71 @@ def take_over(params: Params, store: Store, state: State) -> None:
         )
 
 
-def starts_anew(params: Params, state: State) -> bool:
-    """Whether pretrained weights are needed: a checkpoint would replace them at once."""
+def starting_point(params: Params, state: State) -> tuple[Checkpoint | None, Progress]:
+    """The checkpoint that the training goes on from, if there is one, and how far it was."""
     options = params.train
-    return not (state.exists or options.resume_from or (options.load_from and options.load_strict))
+    if state.exists:
+        saved = state.load()
+        checkpoint = saved["checkpoint"]
+        progress = Progress(
+            checkpoint["iteration"], checkpoint["best"], saved["history"], saved["means"]
+        )
+    elif options.resume_from:
+        path, *best = start_files(options)
+        checkpoint = load_checkpoint(path)
+        trained = checkpoint["params"]["train"]["optimizer"]
+        if trained != options.optimizer:
+            raise ValueError(
+                f"train.resume_from: {path} was trained by {trained}, not {options.optimizer}; "
+                "set train.optimizer to it, or take the weights alone by train.load_from"
+            )
+        if checkpoint["iteration"] >= options.total:
+            raise ValueError(
+                f"train.resume_from: {path} has done {checkpoint['iteration']} iterations; "
+                f"train.iterations {options.total} must be more"
+            )
+        progress = Progress(checkpoint["iteration"])
+        progress.means["since"] = progress.iteration
+        if best and options.validation:
+            progress.best = adopt_best(best[0], checkpoint, state)
+    else:
+        return None, Progress()
+    log.info("continuing at iteration %d", checkpoint["iteration"])
+    return checkpoint, progress
 
 
-def build(params: Params, store: Store, device: torch.device, *, pretrained: bool) -> Learner:
-    """The network on its device, in parallel with those of the other processes, and its learner."""
+def adopt_best(path: Path, checkpoint: Checkpoint, state: State) -> Best | None:
+    """The best score so far, if the file beside the checkpoint holds the weights that had it."""
+    best = load_checkpoint(path)
+    if best["best"] is None or best["best"] != checkpoint["best"]:
+        return None
+    if distributed.rank() == 0:
+        state.save_best(best)
+    return best["best"]
+
+
+def build(
+    params: Params, store: Store, checkpoint: Checkpoint | None, device: torch.device
+) -> Learner:
+    """The network, from where it starts, in parallel with the other processes', and its learner."""
     options, section = params.train, params.model
-    if not pretrained:
-        section = without_pretrained(section)
+    if checkpoint is not None or (options.load_from and options.load_strict):
+        section = without_pretrained(section)  # it would be replaced at once
     precision = PRECISIONS[options.precision]
-    network = build_model(section, Labels(len(store.classes), store.ignore_index, store.frequency))
+    labels = Labels(len(store.classes), store.ignore_index, store.frequency)
+    network = build_model(section, labels)
+    if checkpoint is not None:
+        fill(network, checkpoint["model"], "the checkpoint to go on from")
+    elif options.load_from:
+        (path,) = start_files(options)
+        load_weights(network, path, options.load_strict, store.classes)
     network.to(device, precision.weights).to(memory_format=torch.channels_last)
     model = distributed.parallelize(network, device)
     normalize = Normalization(section.mean, section.std, precision=precision, device=device)
-    return build_learner(model, network, normalize, options)
+    learner = build_learner(model, network, normalize, options)
+    if checkpoint is not None:
+        learner.restore(checkpoint)
+    return learner
 
 
 def without_pretrained(section: ModelParams) -> ModelParams:
@@ -174,55 +224,6 @@ def describe(params: Params, store: Store) -> Description:
         frequency=store.frequency,
         params=result_of(params),
     )
-
-
-def resume(params: Params, store: Store, state: State, learner: Learner) -> Progress:
-    """Fill the learner from where the training starts."""
-    options, network = params.train, learner.network
-    if state.exists:
-        saved = state.load()
-        checkpoint = saved["checkpoint"]
-        fill(network, checkpoint["model"], "the saved state")
-        progress = Progress(
-            checkpoint["iteration"], checkpoint["best"], saved["history"], saved["means"]
-        )
-    elif options.resume_from:
-        path, *best = start_files(options)
-        checkpoint = load_checkpoint(path)
-        fill(network, checkpoint["model"], str(path))
-        trained = checkpoint["params"]["train"]["optimizer"]
-        if trained != options.optimizer:
-            raise ValueError(
-                f"train.resume_from: {path} was trained by {trained}, not {options.optimizer}; "
-                "set train.optimizer to it, or take the weights alone by train.load_from"
-            )
-        if checkpoint["iteration"] >= options.total:
-            raise ValueError(
-                f"train.resume_from: {path} has done {checkpoint['iteration']} iterations; "
-                f"train.iterations {options.total} must be more"
-            )
-        progress = Progress(checkpoint["iteration"])
-        progress.means["since"] = progress.iteration
-        if best and options.validation:
-            progress.best = adopt_best(best[0], checkpoint, state)
-    else:
-        if options.load_from:
-            (path,) = start_files(options)
-            load_weights(network, path, options.load_strict, store.classes)
-        return Progress()
-    learner.restore(checkpoint)
-    log.info("continuing at iteration %d", checkpoint["iteration"])
-    return progress
-
-
-def adopt_best(path: Path, checkpoint: Checkpoint, state: State) -> Best | None:
-    """The best score so far, if the file beside the checkpoint holds the weights that had it."""
-    best = load_checkpoint(path)
-    if best["best"] is None or best["best"] != checkpoint["best"]:
-        return None
-    if distributed.rank() == 0:
-        state.save_best(best)
-    return best["best"]
 
 
 def open_log(work_dir: Path, state: State) -> None:
@@ -252,11 +253,16 @@ def open_run(params: Params, store: Store, state: State, progress: Progress) -> 
     name = tags.get("dvc.exp_name", f"{params.model.head.name}-{state.fingerprint[:8]}")
     sections = plain(params)
     parameters = {part: sections[part] for part in ("data", "augmentation", "model", "train")}
-    dataset = (store.name, store.md5, str(PREPARED))
     if progress.iteration == params.train.total:
         del tags["world_size"]  # of the processes that trained it, which these are not
     tracker = open_training_run(
-        params.tracking, state.run_id, state.remember_run, name, flatten(parameters), tags, dataset
+        params.tracking,
+        state.run_id,
+        state.remember_run,
+        name=name,
+        parameters=flatten(parameters),
+        tags=tags,
+        dataset=(store.name, store.md5, str(PREPARED)),
     )
     for entry in progress.history:
         tracker.log(entry)
@@ -266,7 +272,8 @@ def open_run(params: Params, store: Store, state: State, progress: Progress) -> 
 def write_outputs(work_dir: Path, state: State, tracker: Tracker) -> None:
     """Hand DVC the checkpoints, the curves and the run's identity; MLflow gets the same files."""
     state.write_outputs(work_dir)
-    identity = {"format": FORMAT, "run_id": tracker.run_id, "fingerprint": state.fingerprint}
+    run_id = tracker.run_id or state.run_id  # which an attempt may have opened before this one
+    identity = Identity(format=FORMAT, run_id=run_id, fingerprint=state.fingerprint)
     (work_dir / "run.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
     tracker.log_artifacts(sorted((work_dir / "checkpoints").iterdir()), "checkpoints")
     tracker.log_artifacts([work_dir / "train.log"], "")

@@ -1,5 +1,17 @@
 """Tests run side by side: more threads than cores would only wait for each other."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SLOW_FOLDERS = [Path(__file__).parent / name for name in ("distributed", "pipeline")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """Tests that start ranks or whole projects are slow; any other is quick until it says no."""
+    for item in items:
+        if any(item.path.is_relative_to(folder) for folder in SLOW_FOLDERS):
+            item.add_marker(pytest.mark.slow)

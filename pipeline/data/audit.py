@@ -110,7 +110,10 @@ def _pack(
             height, width = target.shape
             histogram = np.bincount(target.ravel(), minlength=256)
             classes = tuple(np.flatnonzero(histogram[: len(params.classes)]).tolist())
-            shard.entries.append(Entry(record.name, name, offset, height, width, classes))
+            entry = Entry(
+                record.name, name, offset=offset, height=height, width=width, classes=classes
+            )
+            shard.entries.append(entry)
             shard.image_md5[record.name] = _pixels_md5(image)
             shard.histogram += histogram
             shard.shown += (histogram > 0) * histogram[: len(params.classes)].sum()
@@ -121,7 +124,7 @@ def _pack(
     return shard
 
 
-def _pixels_md5(image: NDArray[np.uint8]) -> str:
+def _pixels_md5(image: Array) -> str:
     digest = hashlib.md5(str(image.shape).encode())
     digest.update(image.tobytes())
     return digest.hexdigest()

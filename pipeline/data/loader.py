@@ -48,7 +48,11 @@ class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng((self.seed, AUGMENTATION, number))
         image, target = augment(
-            *self.split[self.index(number)], self.augmentation, self.fill, self.ignore_index, rng
+            *self.split[self.index(number)],
+            self.augmentation,
+            fill=self.fill,
+            ignore_index=self.ignore_index,
+            rng=rng,
         )
         (key,) = np.random.SeedSequence((self.seed, MODEL, number)).generate_state(1, np.uint64)
         return (

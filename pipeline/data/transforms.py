@@ -66,7 +66,7 @@ def augment(
 ) -> tuple[Array, Array]:
     """One random training sample of `crop_size`; `fill` is the grey that pads a small image."""
     size = resized(target.shape, params.scale, rng.uniform(*params.ratio_range))
-    window = draw_window(target, size, params, ignore_index, rng)
+    window = draw_window(target, size, params, ignore_index=ignore_index, rng=rng)
     image, target = resize_window(image, size, window), nearest_window(target, size, window)
     if rng.random() < params.flip.horizontal:
         image, target = image[:, ::-1], target[:, ::-1]
@@ -74,7 +74,7 @@ def augment(
         image, target = image[::-1], target[::-1]
     if params.photometric:
         image = distort(np.ascontiguousarray(image), rng)
-    return pad(image, target, params.crop_size, fill, ignore_index)
+    return pad(image, target, params.crop_size, fill=fill, ignore_index=ignore_index)
 
 
 def resized(

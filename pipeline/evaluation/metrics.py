@@ -13,12 +13,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.store import Array
+
 Matrix = NDArray[np.int64]
 Scores = NDArray[np.float64]
 
 
 def confusion_matrix(
-    target: NDArray[np.uint8], prediction: NDArray[np.uint8], num_classes: int, ignore_index: int
+    target: Array, prediction: Array, num_classes: int, ignore_index: int
 ) -> Matrix:
     """Pixels by target class (row) and predicted class (column), (C,C) int64.
 
@@ -30,9 +32,7 @@ def confusion_matrix(
     return counts.reshape(num_classes, num_classes).astype(np.int64)
 
 
-def boundary_areas(
-    target: NDArray[np.uint8], prediction: NDArray[np.uint8], num_classes: int, ignore_index: int
-) -> Matrix:
+def boundary_areas(target: Array, prediction: Array, num_classes: int, ignore_index: int) -> Matrix:
     """Intersection and union of the boundaries of each class's two masks, in pixels, (2,C) int64.
 
     target and prediction (H,W). Pixels whose target is `ignore_index` belong to no mask, predicted
@@ -49,7 +49,7 @@ def boundary_areas(
     return np.stack([intersect, first + second - intersect]).astype(np.int64)
 
 
-def _boundary(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _boundary(labels: Array) -> NDArray[np.bool_]:
     """Where erosion takes a pixel (H,W) from the mask of its own class.
 
     The paper erodes with 3x3 ones, d times, d being 2% of the diagonal, and takes what is outside

@@ -9,16 +9,13 @@ from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-from pipeline.data.store import Split, Store
+from pipeline.data.store import Array, Split, Store
 from pipeline.evaluation.inference import Predictor, predictions
 from pipeline.evaluation.metrics import Matrix
 
 PICTURES = 3  # of each kind
 OPACITY = 0.5
-
-Array = NDArray[np.uint8]
 
 
 def write_plots(folder: Path, scores: dict[str, Any], confusion: Matrix, store: Store) -> None:
@@ -57,7 +54,7 @@ def choose(scores: Sequence[tuple[int, float]]) -> list[tuple[str, int]]:
 
 
 def write_overlays(
-    folder: Path, predictor: Predictor, split: Split, chosen: list[tuple[str, int]], store: Store
+    folder: Path, predictor: Predictor, *, split: Split, chosen: list[tuple[str, int]], store: Store
 ) -> None:
     """One PNG for each chosen image: the image, with its target over it, with the prediction."""
     shutil.rmtree(folder, ignore_errors=True)

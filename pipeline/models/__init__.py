@@ -7,8 +7,10 @@ from pydantic import SerializeAsAny, field_validator, model_validator
 from pipeline.models.backbones import BackboneParams
 from pipeline.models.deeplabv3 import DeepLabV3Head
 from pipeline.models.deeplabv3plus import DeepLabV3PlusHead
+from pipeline.models.eomt import EoMT
 from pipeline.models.fcn import FCNHead
 from pipeline.models.library import LIBRARY, LibraryModel
+from pipeline.models.linear import LinearHead
 from pipeline.models.losses import LossParams
 from pipeline.models.network import Labels, Network
 from pipeline.models.pointrend import PointRendHead
@@ -22,7 +24,9 @@ from pipeline.params import Above0, Named, Section, choose
 HEADS: dict[str, Any] = {
     "deeplabv3": DeepLabV3Head,
     "deeplabv3plus": DeepLabV3PlusHead,
+    "eomt": EoMT,
     "fcn": FCNHead,
+    "linear": LinearHead,
     "pointrend": PointRendHead,
     "pspnet": PSPHead,
     "segformer": SegFormerHead,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.models import vit
 from pipeline.models.weights import backbone_weights, read_file
 from pipeline.params import Fraction, Section, main_checkout, one_of
 
@@ -24,7 +25,8 @@ from pipeline.params import Fraction, Section, main_checkout, one_of
 TIMM_NAMES = {"efficientnet_lite0": "tf_efficientnet_lite0", "resnet18c": "resnet18"}
 # ResNetV1c, https://arxiv.org/abs/1812.01187: three 3x3 convolutions instead of one of 7x7.
 OPTIONS: dict[str, dict[str, Any]] = {"resnet18c": {"stem_type": "deep", "stem_width": 32}}
-NO_IMAGENET = ("resnet18c", *(f"mit_b{size}" for size in range(6)))  # what timm has no weights of
+# What timm has no weights of.
+NO_IMAGENET = ("resnet18c", *(f"mit_b{size}" for size in range(6)), *vit.TINY)
 # SegFormer's encoders by size, channels and blocks: https://arxiv.org/abs/2105.15203
 MIT_WIDTHS = {"mit_b0": (32, 64, 160, 256)}
 MIT_DEPTHS = {
@@ -35,16 +37,18 @@ MIT_DEPTHS = {
     "mit_b4": (3, 8, 27, 3),
     "mit_b5": (3, 6, 40, 3),
 }
-BACKBONES = ("resnet18", "resnet18c", "resnet50c", "resnet101c", "efficientnet_lite0", *MIT_DEPTHS)
+CNNS = ("resnet18", "resnet18c", "resnet50c", "resnet101c", "efficientnet_lite0")
+BACKBONES = (*CNNS, *MIT_DEPTHS, *vit.VITS)
 Context = AbstractContextManager[None]
-BLOCKS = (BasicBlock, Block, Bottleneck, DepthwiseSeparableConv, InvertedResidual)
+BLOCKS = (BasicBlock, Block, Bottleneck, DepthwiseSeparableConv, InvertedResidual, *vit.BLOCKS)
 
 
 class BackboneParams(Section):
     """The section `model.backbone`: the encoder, by a name of BACKBONES; for smp.* any of its own.
 
-    `output_stride` is how many pixels of the image one of the coarsest features stands for.
-    `pretrained` is imagenet, a file of weights, or null for random ones. `with_cp` computes
+    `output_stride` is how many pixels of the image one of a CNN's coarsest features stands for.
+    `pretrained` is imagenet, which are the weights that timm publishes (of DINO's transformers:
+    those of its own images), a file of weights, or null for random ones. `with_cp` computes
     activations again in the backward pass instead of keeping them: less memory, more time, the same
     result. `drop_path` is the rate of dropped residual branches, rising to it at the last block.
     A backbone that is `freeze`d learns nothing and normalises by the statistics that it has.
@@ -60,6 +64,8 @@ class BackboneParams(Section):
     @property
     def levels(self) -> int:
         """How many maps of features it gives, each half as large as the one before."""
+        if self.name in vit.VITS:
+            return 1
         return 4 if self.name in MIT_DEPTHS else 5
 
     def check(self) -> None:
@@ -69,7 +75,7 @@ class BackboneParams(Section):
             ValueError: names the key and the rule.
         """
         one_of("backbone.name", self.name, BACKBONES)
-        if self.name in MIT_DEPTHS and self.output_stride != 32:
+        if self.name not in CNNS and self.output_stride != 32:
             raise ValueError(
                 f"backbone.output_stride {self.output_stride}: {self.name} has no dilated form; "
                 "use 32"
@@ -80,7 +86,8 @@ def build_backbone(params: BackboneParams) -> tuple[nn.Module, list[int]]:
     """A network whose forward gives features from fine to coarse, and their channels.
 
     Of stride 2, 4, 8, 16 and 32 as far as the output stride lets them shrink; a transformer starts
-    at 4. `pretrained`: null, `imagenet`, or a file of ImageNet weights, timm's or OpenMMLab's.
+    at 4; a plain transformer gives one map, of stride 16. `pretrained`: null, `imagenet`, or a file
+    of weights, timm's or OpenMMLab's; for a plain transformer timm's or Meta's.
 
     Raises:
         ValueError: the weights can't be had, or don't fit the network.
@@ -100,7 +107,7 @@ def build_backbone(params: BackboneParams) -> tuple[nn.Module, list[int]]:
     if params.with_cp:
         for module in backbone.modules():
             if isinstance(module, BLOCKS):
-                module.forward = partial(_recompute, module)  # type: ignore[method-assign]
+                recomputed(module)
     if params.freeze:
         backbone.requires_grad_(False)
         backbone.train = partial(_stay_in_evaluation, backbone)  # type: ignore[method-assign]
@@ -120,6 +127,9 @@ def _build(params: BackboneParams, pretrained: bool) -> tuple[nn.Module, list[in
         transformer = MixTransformer(params.name, params.drop_path)
         return transformer, transformer.channels
     with _fetching(params.name) if pretrained else nullcontext():
+        if params.name in vit.VITS:
+            plain = vit.ViT(params.name, params.drop_path, pretrained)
+            return plain, [plain.width]
         backbone: Any = timm.create_model(
             TIMM_NAMES.get(params.name, params.name),
             features_only=True,
@@ -174,6 +184,11 @@ class MixTransformer(PyramidVisionTransformerV2):
             x = stage(x)
             features.append(x)
         return features
+
+
+def recomputed(module: nn.Module) -> None:
+    """Let a module compute its activations again in the backward pass instead of keeping them."""
+    module.forward = partial(_recompute, module)
 
 
 def _recompute(block: nn.Module, *inputs: Any) -> Tensor:
@@ -234,6 +249,8 @@ def _weights_of_file(path: Path) -> dict[str, Tensor]:
 
 def _load(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load what a feature extractor has of a classifier's weights, timm's or OpenMMLab's."""
+    if isinstance(backbone, vit.ViT):
+        weights = backbone.translated(weights)
     own = backbone.state_dict()
     # The counts of batches, which some files lack, change nothing.
     needed = {name: value for name, value in own.items() if "num_batches_tracked" not in name}

@@ -36,7 +36,9 @@ class SeparableConvModule(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int, dilation: int = 1) -> None:
         super().__init__()
-        self.depthwise_conv = ConvModule(in_channels, in_channels, 3, dilation, in_channels)
+        self.depthwise_conv = ConvModule(
+            in_channels, in_channels, 3, dilation=dilation, groups=in_channels
+        )
         self.pointwise_conv = ConvModule(in_channels, out_channels, 1)
 
 

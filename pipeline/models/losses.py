@@ -13,7 +13,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.params import Above0, AtLeast0, Positive, Probability, Section
@@ -76,7 +76,7 @@ class LossParams(Section):
         return self
 
 
-class Criterion:
+class Criterion(nn.Module):
     """The terms that are on, by their weights.
 
     A term is a sum over pixels or over images, divided by their number in the whole global batch:
@@ -85,15 +85,19 @@ class Criterion:
 
     def __init__(self, params: LossParams, frequency: Sequence[float], ignore_index: int) -> None:
         """`frequency`: of each class in train, see `median_frequency_weights`."""
+        super().__init__()
         given = params.class_weights
         weights = median_frequency_weights(frequency) if given == "balanced" else given
         counts = torch.ones(2, 256, dtype=torch.float64)
         counts[:, ignore_index] = 0 if params.avg_non_ignore else 1
-        self._class_weights = None
+        class_weights = None
         if weights is not None:
-            self._class_weights = torch.tensor(weights, dtype=torch.float64)
-            counts[0, : len(weights)] = self._class_weights
-        self._counts = counts
+            class_weights = torch.tensor(weights, dtype=torch.float64)
+            counts[0, : len(weights)] = class_weights
+        self.counts: Tensor
+        self.class_weights: Tensor | None
+        self.register_buffer("counts", counts, persistent=False)
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self._ignore_index = ignore_index
         self._terms = [(name, weight, _term(name, params)) for name, weight in params.terms.items()]
 
@@ -104,30 +108,21 @@ class Criterion:
         pixel as its class, an ignored one as 1: MMSegmentation's avg_factor.
         Source: https://github.com/open-mmlab/mmsegmentation
         """
-        self._move_to(target.device)
-        pixels = self._counts[:, target.long()].flatten(1).sum(dim=1)
+        pixels = self.counts[:, target.long()].double().flatten(1).sum(dim=1)
         return torch.cat([pixels, pixels.new_full((1,), len(target))])
 
-    def __call__(self, logits: Tensor, target: Tensor, divisors: Tensor) -> dict[str, Tensor]:
+    def forward(self, logits: Tensor, target: Tensor, divisors: Tensor) -> dict[str, Tensor]:
         """This batch's part in each term of the global one, whose counts are `divisors`.
 
         logits (N,C,...) of any precision, target (N,...) of class ids -> fp64 scalars.
         """
-        self._move_to(logits.device)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return {
             name: weight
-            * term(logits, target, self._ignore_index, self._class_weights).double()
+            * term(logits, target, self._ignore_index, self.class_weights).double()
             / divisors[DIVISORS[name]]
             for name, weight, term in self._terms
         }
-
-    def _move_to(self, device: torch.device) -> None:
-        """Once: a copy for each microbatch would hold up the device."""
-        if self._counts.device != device:
-            self._counts = self._counts.to(device)
-            if self._class_weights is not None:
-                self._class_weights = self._class_weights.to(device)
 
 
 def labels_at(target: Tensor, points: Tensor) -> Tensor:

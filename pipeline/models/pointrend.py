@@ -70,7 +70,7 @@ class PointRendHead(Head, nn.ModuleList):
             exact = torch.promote_types(fine.dtype, torch.float32)
             centres = torch.stack([cells % width, cells // width], dim=2).to(exact) + 0.5
             points = centres / centres.new_tensor([width, height])
-            logits = self[1](fine, coarse, points)
+            logits = self[1](fine, coarse, points).to(refined.dtype)  # autocast resizes in fp32
             places = cells[:, None].expand_as(logits)
             refined = refined.flatten(2).scatter(2, places, logits).view_as(refined)
         return refined

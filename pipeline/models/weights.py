@@ -1,7 +1,7 @@
 """Files of weights, ours and others': read without their code and without running anything.
 
-Known are torch.save's files (.pt, .pth) and safetensors; checkpoints of this tool and of
-MMSegmentation, and bare state_dicts, such as timm's and OpenMMLab's of an encoder.
+Known are torch.save's files (.pt, .pth) and safetensors; checkpoints of this tool, of
+MMSegmentation and of EoMT, and bare state_dicts, such as timm's and OpenMMLab's of an encoder.
 """
 
 import re
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.models.eomt_names import from_eomt
 from pipeline.models.mmseg import from_mmseg
 
 OWN = {"model", "optimizer", "iteration", "best", "params"}  # by these a checkpoint is one of ours
@@ -109,7 +110,7 @@ def weights_of(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: there are none.
     """
-    return from_mmseg(_as_named_there(content, path))
+    return from_mmseg(from_eomt(_as_named_there(content, path)))
 
 
 def backbone_weights(path: Path) -> dict[str, Tensor]:
@@ -118,7 +119,7 @@ def backbone_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file can't be read, or holds no weights.
     """
-    given = _as_named_there(read_file(path), path)
+    given = from_eomt(_as_named_there(read_file(path), path))
     if not any(name.startswith(BACKBONE) for name in given):
         given = {BACKBONE + name: weight for name, weight in given.items()}
     return {

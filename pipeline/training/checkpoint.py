@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.disk import FORMAT, check_format, write_atomically
+from pipeline.models.vit import ViT
 from pipeline.models.weights import OWN, classes_of, read_file, weights_of
 
 log = logging.getLogger("instep")
@@ -126,6 +127,9 @@ def load_weights(
 
 def fill(model: nn.Module, weights: dict[str, Tensor], source: str, strict: bool = True) -> None:
     """Load weights by name and shape as `load_weights` does; `source` names them in the error."""
+    for name, module in model.named_modules():
+        if isinstance(module, ViT):
+            module.adopt_grid(weights.get(f"{name}.pos_embed"))
     fitting, wrong = _compare(model.state_dict(), weights)
     listed = "\n".join(f"  {line}" for line in sorted(wrong))
     if wrong and strict:

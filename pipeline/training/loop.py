@@ -119,7 +119,7 @@ def train(
             track(entry)
             log.info("%s", line(entry, "  "))
         if saved and main:
-            keep(learner, progress, state, description, improved)
+            keep(learner, progress, state, description, improved=improved)
         watch.waiting()
     if main and options.total == 0:  # the weights as they were loaded
         keep(learner, progress, state, description, improved=False)
@@ -182,7 +182,7 @@ def validate(predictor: Predictor, split: Split, labels: Description) -> Entry:
 
 
 def keep(
-    learner: Learner, progress: Progress, state: State, description: Description, improved: bool
+    learner: Learner, progress: Progress, state: State, description: Description, *, improved: bool
 ) -> None:
     """Save what a killed training goes on from, and the best checkpoint where this is it."""
     checkpoint = build_checkpoint(learner.states(), progress.iteration, progress.best, description)

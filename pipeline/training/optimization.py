@@ -158,13 +158,13 @@ def layer_multiplier(backbone: nn.Module, name: str, layer_decay: float) -> floa
     """
     if layer_decay == 1:
         return 1.0
-    above = getattr(backbone, "layers_above", None)
-    if above is None:
+    multiplier = getattr(backbone, "lr_mult", None)
+    if multiplier is None:
         raise ValueError(
             f"train.layer_decay {layer_decay}: this backbone has no order of layers; use 1, or a "
-            "plain ViT"
+            "plain transformer, vit_*"
         )
-    return float(layer_decay ** above(name))
+    return float(multiplier(name, layer_decay))
 
 
 def restore_optimizer(

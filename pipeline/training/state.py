@@ -60,6 +60,17 @@ class Saved(TypedDict):
     means: Means
 
 
+class Identity(TypedDict):
+    """The content of run.json: which training made the files beside it.
+
+    `run_id` is that of its MLflow run, null where it was tracked nowhere.
+    """
+
+    format: int
+    run_id: str | None
+    fingerprint: str
+
+
 def result_params(
     *,
     augmentation: Section,

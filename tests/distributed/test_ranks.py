@@ -1,13 +1,25 @@
 """The GPU count changes the speed, not the experiment: real gloo processes, real stages."""
 
 import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.project import NETWORKS, REPOSITORY, SMALL, make_project, metrics, run, set_params, stage
+from tests.project import (
+    NETWORKS,
+    REPOSITORY,
+    SMALL,
+    environment,
+    make_project,
+    metrics,
+    run,
+    set_params,
+    stage,
+)
 
 CHANGES = {
     "train.precision": "fp64",
@@ -29,11 +41,16 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(project: Path, gpus: int, *command: str, **changes: object) -> Path:
-    """Train anew and return the last checkpoint."""
+def set_up(project: Path, gpus: int, **changes: object) -> None:
+    """The parameters of a training, and no state of one before."""
     shutil.copy(REPOSITORY / "params.yaml", project)
     set_params(project, SMALL | CHANGES | changes | {"train.gpus": gpus})
     shutil.rmtree(project / ".dvc/tmp/instep", ignore_errors=True)
+
+
+def train(project: Path, gpus: int, *command: str, **changes: object) -> Path:
+    """Train anew and return the last checkpoint."""
+    set_up(project, gpus, **changes)
     if command:
         run([sys.executable, *command], project, PYTHONPATH=f"{project}:{REPOSITORY}")
     else:
@@ -70,7 +87,9 @@ CASES = [(name, gpus) for name in ("pspnet", "pointrend", "segformer") for gpus 
 
 
 @pytest.mark.parametrize(
-    ("one_process", "gpus"), [*CASES, ("lite0", 2), ("library", 2)], indirect=["one_process"]
+    ("one_process", "gpus"),
+    [*CASES, ("lite0", 2), ("library", 2), ("eomt", 2)],
+    indirect=["one_process"],
 )
 def test_processes_give_the_weights_of_one(project: Path, one_process: Path, gpus: int) -> None:
     assert difference(one_process, train(project, gpus, **NETWORKS[one_process.stem])) < 1e-9
@@ -98,6 +117,34 @@ def test_two_processes_share_every_term_the_clipping_and_the_average(project: Pa
     }
     one = shutil.copy(train(project, 1, **changes), project / "terms.pt")
     assert difference(one, train(project, 2, **changes)) < 1e-9
+
+
+def test_ranks_may_be_started_by_anything_that_sets_their_environment(
+    project: Path, one_process: Path
+) -> None:
+    with socket.socket() as probe:  # a port that is free now
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    set_up(project, 2)
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "stages.train"],
+            cwd=project,
+            env=environment(**meeting, RANK=rank, LOCAL_RANK=rank),
+        )
+        for rank in ("0", "1")
+    ]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    assert difference(one_process, project / "outputs/checkpoints/last.pt") < 1e-9
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(project: Path) -> None:
+    set_up(project, 1)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    done = run([sys.executable, *launcher, "-m", "stages.train"], project, check=False)
+    assert done.returncode != 0
+    assert "train.batch_size 8 / train.accumulation 2 is not divisible by the 3" in done.stdout
 
 
 @pytest.mark.parametrize("missing", ["local_batch_norm", "unkeyed_dropout"])

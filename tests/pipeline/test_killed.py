@@ -117,7 +117,7 @@ def test_a_killed_experiment_goes_on_in_another_workspace(
         assert (project / "outputs/checkpoints" / name).read_bytes() == whole
 
 
-@pytest.mark.parametrize("network", ["pointrend", "segformer"])
+@pytest.mark.parametrize("network", ["pointrend", "segformer", "eomt"])
 def test_kills_change_nothing_for_other_networks(network: str, tmp_path: Path) -> None:
     shorter = {"train.iterations": 30, "evaluation.interval": 10}
     changes = CHANGES | NETWORKS[network] | shorter

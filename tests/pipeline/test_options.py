@@ -5,6 +5,7 @@ tests/unit/test_with_cp.py, auto_scale_lr in tests/unit/test_optimization.py.
 """
 
 import csv
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from pipeline import distributed
-from pipeline.distributed import SyncBatchNorm, check_devices, parallelize
+from pipeline.distributed import SyncBatchNorm, check_devices, parallelize, processes_here
 from pipeline.params import flatten
 from pipeline.yaml12 import read_yaml
 from tests.project import SMALL, dvc, environment, make_project, set_params, stage
@@ -83,6 +84,62 @@ def test_gpus_change_neither_the_batch_nor_the_learning_rate(project: Path) -> N
     assert lr_of_two == lr
     assert lr[2] == SMALL["train.lr"]
     assert loss_of_two == pytest.approx(loss, rel=1e-3)
+
+
+def test_a_point_of_the_loss_is_the_mean_since_the_last_one(project: Path) -> None:
+    train(project)
+    each = curve(project / "outputs/train.tsv", "loss")
+    shutil.rmtree(project / ".dvc/tmp/instep")
+    train(project, **{"tracking.log_interval": 3})
+    means = curve(project / "outputs/train.tsv", "loss")
+    assert means == pytest.approx({3: (each[1] + each[2] + each[3]) / 3, 4: each[4]}, rel=1e-12)
+
+
+def test_every_term_of_the_loss_is_a_curve(project: Path) -> None:
+    train(project, **{"model.loss.dice": 0.5})
+    terms = ["cross_entropy", "dice", "auxiliary_cross_entropy", "auxiliary_dice"]
+    losses = [curve(project / "outputs/train.tsv", f"loss/{term}") for term in terms]
+    total = curve(project / "outputs/train.tsv", "loss")
+    assert total == pytest.approx({i: sum(loss[i] for loss in losses) for i in total}, rel=1e-12)
+
+
+def test_a_finished_training_is_extended_by_one_parameter(project: Path) -> None:
+    shutil.rmtree(project / ".dvc/tmp/instep", ignore_errors=True)
+    train(project)
+    stage(project, "evaluate")
+    files = ("checkpoints/last.pt", "checkpoints/best.pt", "train.tsv", "val.tsv")
+    results = []
+    for kept, said in (
+        (True, "continuing at iteration 4"),
+        (False, "all 7 iterations are trained"),
+    ):
+        if not kept:
+            shutil.rmtree(project / ".dvc/tmp/instep")
+        assert said in train(project, **{"train.extend": 3})
+        results.append([(project / "outputs" / name).read_bytes() for name in files])
+    assert results[0] == results[1]  # whether it goes on or begins anew
+    assert list(curve(project / "outputs/train.tsv", "loss")) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_resuming_keeps_the_best_checkpoint_that_lies_beside_the_last(project: Path) -> None:
+    train(project, **{"evaluation.interval": 1, "train.lr": 0.02})
+    shutil.copytree(project / "outputs/checkpoints", project / "kept")
+    scores = curve(project / "outputs/val.tsv", "mean_iou")
+    destroyed = {"train.lr": 10.0, "train.schedule.warmup_iters": 0, "train.iterations": 5}
+    train(project, **destroyed, **{"train.resume_from": "kept/last.pt"})
+    resumed = torch.load(project / "outputs/checkpoints/last.pt", weights_only=True)
+    assert curve(project / "outputs/val.tsv", "mean_iou")[5] < max(scores.values())
+    assert resumed["best"]["mean_iou"] == max(scores.values())
+    best = project / "outputs/checkpoints/best.pt"
+    assert best.read_bytes() == (project / "kept/best.pt").read_bytes()
+
+
+def test_evaluate_takes_as_many_processes_as_were_asked_for_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert [processes_here(device, 4) for device in ("cpu", "auto", "cuda")] == [4, 1, 1]
 
 
 def test_one_process_has_plain_batch_normalisation() -> None:

@@ -92,8 +92,7 @@ def test_every_number_leads_back(project: Path) -> None:
     logged = points(project, run_id)
     assert {step for name, step in logged if name == "train/loss"} == set(range(1, 9))
     assert {step for name, step in logged if name == "val/mean_iou"} == {4, 8}
-    (test,) = [value for (name, _), value in logged.items() if name == "test/mean_iou"]
-    assert test == metrics(project)["mean_iou"]
+    assert logged["evaluation/mean_iou", 0] == metrics(project)["mean_iou"]
     artifacts = project / "mlartifacts" / run_id / "artifacts"
     weights = (artifacts / "checkpoints/best.pt").read_bytes()
     assert weights == (project / "outputs/checkpoints/best.pt").read_bytes()
@@ -114,6 +113,12 @@ def test_a_change_runs_what_depends_on_it(project: Path) -> None:
     set_params(project, {"train.lr": 0.01, "train.workers": 1})
     assert planned(project) is None
     set_params(project, {"train.workers": 0})
+    code = project / "pipeline/training/params.py"
+    original = code.read_bytes()
+    code.write_bytes(original + b"# a comment\n")
+    assert "up to date" in dvc(project, "status", "prepare")
+    assert planned(project) == "train"
+    code.write_bytes(original)
     image = project / "data/feet/images/train/foot 00.png"
     original = image.read_bytes()
     changed = cv2.imread(str(image))
@@ -136,8 +141,7 @@ def test_another_evaluation_is_another_run(project: Path) -> None:
     assert (points(project, first), parameters(project, first), tags(project, first)) == before
     assert tags(project, second)["mlflow.parentRunId"] == first
     assert parameters(project, second)["evaluation.flip"] == "True"
-    (test,) = [v for (name, _), v in points(project, second).items() if name == "test/mean_iou"]
-    assert test == metrics(project)["mean_iou"]
+    assert points(project, second)["evaluation/mean_iou", 0] == metrics(project)["mean_iou"]
     set_params(project, {"evaluation.flip": False})
     dvc(project, "repro")
     assert len(runs(project)) == 2
@@ -204,4 +208,4 @@ def test_a_checkpoint_of_mmsegmentation_is_measured_without_training(project: Pa
     assert {path.name for path in (project / "outputs/checkpoints").iterdir()} == {"last.pt"}
     run_id = json.loads((project / "outputs/run.json").read_text())["run_id"]
     assert parameters(project, run_id)["train.load_from"] == "pspnet.pth"
-    assert points(project, run_id)["test/mean_iou", 0] == before["mean_iou"]
+    assert points(project, run_id)["evaluation/mean_iou", 0] == before["mean_iou"]

@@ -6,23 +6,32 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.params import DataParams
+from pipeline.data.formats import FormatParams, PairsParams
+from pipeline.data.params import DataParams
 from tests.unit.sections import params
+
+OF_PAIRS = PairsParams.model_fields.keys() - FormatParams.model_fields.keys()
 
 
 def data_params(root: Path, **changes: Any) -> DataParams:
+    """The section `data`, with changes by the names below it.
+
+    `format` is the format's name, and what is the format's own stands without it: `splits.source`.
+    """
     given = {
         "format": "pairs",
         "root": str(root),
-        "images": "images",
-        "targets": "targets",
         "classes": ["a", "b", "c"],
         "palette": [[0, 0, 0], [255, 0, 0], [0, 255, 0]],
         "ignore_index": 255,
-        "splits.source": "given",
-        "splits.group_by": None,
     }
-    return params({f"data.{name}": value for name, value in (given | changes).items()}).data
+    return params({_dotted(name): value for name, value in (given | changes).items()}).data
+
+
+def _dotted(name: str) -> str:
+    if name == "format":
+        return "data.format.name"
+    return f"data.format.{name}" if name.split(".")[0] in OF_PAIRS else f"data.{name}"
 
 
 def photo(seed: int, size: tuple[int, int] = (12, 16)) -> np.ndarray:

@@ -9,6 +9,11 @@ from pipeline.data.audit import prepare
 from pipeline.data.store import Store
 from tests.unit.pairs import data_params, labels, photo, write
 
+MISSING_C = (
+    "class 'c' has no pixel in train; take it out of data.classes, label it, or set "
+    "data.allow_missing_classes"
+)
+
 
 def refusal(root: Path, **changes: object) -> list[str]:
     """The lines of the refusal, below `root`; checks that nothing is left."""
@@ -66,8 +71,28 @@ def test_empty_splits_and_unlearnable_classes_are_found(tmp_path: Path):
     write(tmp_path, "val/1", photo(1), np.full((12, 16), 255, np.uint8))
     assert refusal(tmp_path) == [
         "neither val nor test has a labelled pixel; one of them must",
-        "class 'c' has no pixel in train; take it out of data.classes, or label it",
+        MISSING_C,
     ]
+
+
+def test_a_class_without_a_pixel_in_train_is_let_through_where_that_is_asked_for(tmp_path: Path):
+    write(tmp_path, "train/1", photo(0, (1, 4)), np.array([[0, 0, 1, 255]], np.uint8))
+    write(tmp_path, "val/1", photo(1, (1, 4)), np.array([[2, 1, 0, 0]], np.uint8))
+    assert refusal(tmp_path) == [MISSING_C]
+    allowed = data_params(tmp_path, allow_missing_classes=True)
+    prepare(allowed, tmp_path / "prepared", lambda done, total: None)
+    store = Store(tmp_path / "prepared")
+    assert store.classes == ("a", "b", "c")
+    assert store.pixels == [2, 1, 0]
+    assert store.frequency == [2 / 3, 1 / 3, 0]
+    assert store.split("val")[0][1].tolist() == [[2, 1, 0, 0]]
+
+
+def test_to_allow_missing_classes_is_not_to_allow_a_train_without_labels(tmp_path: Path):
+    write(tmp_path, "train/1", photo(0), np.full((12, 16), 255, np.uint8))
+    write(tmp_path, "val/1", photo(1), labels())
+    found = refusal(tmp_path, allow_missing_classes=True)
+    assert found == ["split train has no labelled pixel"]
 
 
 @pytest.mark.parametrize("changes", [{"val": 0.3, "test": 0.0}, {"folds": 3, "test": 0.1}])
@@ -114,7 +139,7 @@ def test_a_good_data_set_is_packed_counted_and_summarized(tmp_path: Path):
     assert store.palette == params.palette
     summary = (tmp_path / "prepared/summary.json").read_text(encoding="utf-8")
     counts = np.bincount(labels().ravel(), minlength=256)
-    assert store.pixels == tuple(2 * counts[:3])
+    assert store.pixels == (2 * counts[:3]).tolist()
     assert [entry.classes for entry in store.split("train").entries] == [[0, 1, 2], [0, 1, 2]]
     for piece in (
         '"images": 2',

@@ -10,6 +10,7 @@ from pipeline.distributed import SyncBatchNorm, synchronize_batch_norm
 from tests.unit.sections import build, model_params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["efficientnet_lite0", "resnet18"])
 def test_a_synchronous_network_is_the_same_function(backbone: str) -> None:
     changes = {"backbone.name": backbone, "backbone.pretrained": None}

@@ -11,14 +11,15 @@ import pytest
 from PIL import Image
 
 from pipeline.data.files import read_ids
-from pipeline.data.formats import BlueMarble, Pairs, Record
+from pipeline.data.formats import BlueMarble, Reader, Record
 from tests.unit.pairs import data_params, labels, photo, write
 from tests.unit.sections import params
 
 
 @pytest.fixture(scope="module")
-def earth() -> tuple[BlueMarble, list[Record]]:
-    reader = BlueMarble(params({}).data)
+def earth() -> tuple[Reader, list[Record]]:
+    reader = params({}).data.reader()
+    assert isinstance(reader, BlueMarble)
     records, problems = reader.records()
     assert problems == []
     return reader, records
@@ -29,11 +30,11 @@ def corner(record: Record) -> tuple[int, int]:
     return int(row), int(column)
 
 
-def test_blue_marble_has_112_37_and_81_tiles(earth: tuple[BlueMarble, list[Record]]):
+def test_blue_marble_has_112_37_and_81_tiles(earth: tuple[Reader, list[Record]]):
     assert Counter(r.split for r in earth[1]) == {"train": 112, "val": 37, "test": 81}
 
 
-def test_no_pixel_of_the_earth_is_in_two_tiles(earth: tuple[BlueMarble, list[Record]]):
+def test_no_pixel_of_the_earth_is_in_two_tiles(earth: tuple[Reader, list[Record]]):
     seen = np.zeros((2700, 5400), int)
     for row, column in map(corner, earth[1]):
         seen[row : row + 128, column : column + 128] += 1
@@ -41,7 +42,7 @@ def test_no_pixel_of_the_earth_is_in_two_tiles(earth: tuple[BlueMarble, list[Rec
     assert seen.sum() == len(earth[1]) * 128**2
 
 
-def test_splits_are_bands_of_longitude(earth: tuple[BlueMarble, list[Record]]):
+def test_splits_are_bands_of_longitude(earth: tuple[Reader, list[Record]]):
     bands = {"train": (-180, 20), "val": (20, 60), "test": (60, 180)}
     for record in earth[1]:
         row, column = corner(record)
@@ -52,7 +53,7 @@ def test_splits_are_bands_of_longitude(earth: tuple[BlueMarble, list[Record]]):
         assert 90 - (row + 128) / 15 >= -60
 
 
-def test_every_tile_holds_a_coast_or_a_lake(earth: tuple[BlueMarble, list[Record]]):
+def test_every_tile_holds_a_coast_or_a_lake(earth: tuple[Reader, list[Record]]):
     reader, records = earth
     for record in records:
         image, target = reader.read(record)
@@ -63,7 +64,7 @@ def test_every_tile_holds_a_coast_or_a_lake(earth: tuple[BlueMarble, list[Record
         assert 0.03 <= land <= 0.97 or lake > 0.01
 
 
-def test_the_ocean_is_bluer_than_the_land(earth: tuple[BlueMarble, list[Record]]):
+def test_the_ocean_is_bluer_than_the_land(earth: tuple[Reader, list[Record]]):
     # The image is RGB, and image and mask lie on each other.
     reader, records = earth
     blueness: dict[int, list[np.ndarray]] = {0: [], 1: []}
@@ -80,7 +81,7 @@ def test_the_ocean_is_bluer_than_the_land(earth: tuple[BlueMarble, list[Record]]
 def test_given_splits_are_the_first_folder(tmp_path: Path):
     for name in ("val/x/1", "train/2", "train/1", "test/1"):
         write(tmp_path, name, photo(0), labels())
-    records, problems = Pairs(data_params(tmp_path)).records()
+    records, problems = data_params(tmp_path).reader().records()
     assert problems == []
     assert [(r.name, r.split) for r in records] == [
         ("train/1", "train"),
@@ -94,7 +95,7 @@ def test_drawn_splits_need_no_folders(tmp_path: Path):
     for number in range(10):
         write(tmp_path, f"{number}", photo(0), labels())
     drawn = data_params(tmp_path, **{"splits.source": "drawn", "splits.val": 0.2})
-    records, problems = Pairs(drawn).records()
+    records, problems = drawn.reader().records()
     assert problems == []
     assert Counter(r.split for r in records) == {"train": 6, "val": 2, "test": 2}
 
@@ -109,7 +110,7 @@ def test_layout_problems_are_named(tmp_path: Path):
     write(tmp_path, "train/a", photo(0), labels(), ".jpg")
     (tmp_path / "images/train/.hidden.png").write_bytes(b"")
     (tmp_path / "images/train/notes.txt").write_bytes(b"")
-    records, problems = Pairs(data_params(tmp_path)).records()
+    records, problems = data_params(tmp_path).reader().records()
     assert [r.name for r in records] == ["train/a"]
     images = tmp_path / "images"
     assert problems == [
@@ -121,13 +122,13 @@ def test_layout_problems_are_named(tmp_path: Path):
 
 
 def test_a_missing_folder_is_named(tmp_path: Path):
-    records, problems = Pairs(data_params(tmp_path)).records()
+    records, problems = data_params(tmp_path).reader().records()
     assert records == []
     assert [line.split(": ")[:2] for line in problems] == [
         [
             str(tmp_path / "images"),
-            "no such folder; data.root and, for pairs, data.images and "
-            "data.targets name it, and in a --temp or queued run it must be tracked by git or "
+            "no such folder; data.root and, for pairs, data.format.images and "
+            "targets name it, and in a --temp or queued run it must be tracked by git or "
             "`dvc add`",
         ],
         [str(tmp_path / "targets"), problems[1].split(": ")[1]],
@@ -138,7 +139,7 @@ def read(folder: Path, target: Image.Image, suffix: str = ".png") -> np.ndarray:
     Image.fromarray(photo(0)).save(folder / "image.png")
     target.save(folder / f"target{suffix}")
     record = Record("x", str(folder / "image.png"), str(folder / f"target{suffix}"), "train")
-    image, ids = Pairs(data_params(folder)).read(record)
+    image, ids = data_params(folder).reader().read(record)
     assert np.array_equal(image, photo(0))
     return ids
 
@@ -195,7 +196,7 @@ def test_an_exif_rotation_turns_neither_image_nor_target(tmp_path: Path):
     exif[0x0112] = 6  # a quarter turn
     path = tmp_path / "images/train/a.png"
     Image.fromarray(photo(0)).save(path, exif=exif)
-    reader = Pairs(data_params(tmp_path))
+    reader = data_params(tmp_path).reader()
     image, _ = reader.read(reader.records()[0][0])
     assert image.shape == (12, 16, 3)
 
@@ -207,7 +208,7 @@ def test_a_truncated_image_is_refused_by_its_name(suffix: str, kept: float, tmp_
     image.write_bytes(image.read_bytes()[: int(image.stat().st_size * kept)])
     record = Record("train/a", str(image), str(target), "train")
     with pytest.raises(ValueError, match=f"train/a{suffix}: can't be read as an image"):
-        Pairs(data_params(tmp_path)).read(record)
+        data_params(tmp_path).reader().read(record)
 
 
 @pytest.mark.parametrize("kept", [0, 0.1, 0.5, 0.9])
@@ -217,7 +218,7 @@ def test_a_truncated_target_is_refused_by_its_name(kept: float, tmp_path: Path):
     target.write_bytes(target.read_bytes()[: int(target.stat().st_size * kept)])
     record = Record("train/a", str(image), str(target), "train")
     with pytest.raises(ValueError, match=r"train/a\.png: can't be read as a target"):
-        Pairs(data_params(tmp_path)).read(record)
+        data_params(tmp_path).reader().read(record)
 
 
 @pytest.mark.parametrize("bits", [2, 4])

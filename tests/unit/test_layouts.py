@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from pipeline.data import audit
-from pipeline.data.formats import FORMATS, Record
+from pipeline.data.formats import Record
+from pipeline.data.params import DataParams
 from pipeline.data.store import Store
-from pipeline.params import DataParams
 from tests.unit.pairs import data_params, labels, photo, write
 
 
@@ -36,7 +36,7 @@ def layout(root: Path, name: str, **changes: Any) -> DataParams:
 
 
 def read_layout(params: DataParams) -> tuple[list[Record], list[str]]:
-    records, problems = FORMATS[params.format](params).records()
+    records, problems = params.reader().records()
     return records, [line.replace(f"{params.root}/", "") for line in problems]
 
 
@@ -68,7 +68,7 @@ def test_ade20k_begins_its_classes_at_id_1(tmp_path: Path):
     assert [entry.name for entry in store.split("val").entries] == ["validation/ADE_validation_1"]
     assert len(store.split("test")) == 0
     assert store.split("val")[0][1].tolist() == [[255, 0, 1, 2], [255, 2, 2, 255]]
-    assert store.pixels == (1, 1, 3)
+    assert store.pixels == [1, 1, 3]
 
 
 def test_an_ignore_index_below_255_is_kept_by_reduce_zero_label(tmp_path: Path):
@@ -189,7 +189,7 @@ def test_voc_is_read_by_its_lists(tmp_path: Path):
     assert [e.name for e in store.split("train").entries] == ["2007_2"]
     assert [e.name for e in store.split("val").entries] == ["2007_1"]
     assert store.split("val")[0][1].tolist() == [[0, 1, 2, 255], [255, 2, 2, 2]]
-    assert store.pixels == (1, 1, 4)
+    assert store.pixels == [1, 1, 4]
 
 
 def test_what_voc_lacks_is_named(tmp_path: Path):
@@ -224,7 +224,7 @@ def test_coloured_targets_are_read_by_the_colour_map(tmp_path: Path):
     for split in (store.split("train"), store.split("val")):
         for _, ids in split:
             assert ids.tolist() == [[0, 1, 2, 2]] * 2
-    assert store.pixels == (4, 4, 8)
+    assert store.pixels == [4, 4, 8]
 
 
 def test_the_first_colour_is_ignored_with_reduce_zero_label(tmp_path: Path):
@@ -243,12 +243,12 @@ def test_a_colour_outside_the_map_is_named_with_its_file(tmp_path: Path):
     )
     write(tmp_path, "train/grey", photo(77), labels())
     assert refused(data_params(tmp_path, **COLOURS)) == [
-        "targets/train/grey.png: data.color_map needs coloured targets, and this is L; set it to "
-        "null",
+        "targets/train/grey.png: data.format.color_map needs coloured targets, and this is L; set "
+        "it to null",
         "targets/val/b.png: colours [3, 2, 1], [255, 0, 129], [255, 255, 255] are not in "
-        "data.color_map",
+        "data.format.color_map",
         "targets/val/c.png: colours [0, 5, 0], [0, 6, 0], [0, 7, 0], [0, 8, 0], [1, 0, 0], "
-        "[2, 0, 0], [3, 0, 0], [4, 0, 0] are not in data.color_map",
+        "[2, 0, 0], [3, 0, 0], [4, 0, 0] are not in data.format.color_map",
     ]
 
 

@@ -1,6 +1,7 @@
 """Which samples make up which batch, on any number of ranks and workers, after any restart."""
 
 import math
+import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import chain
@@ -12,7 +13,6 @@ import torch
 
 from pipeline.data.loader import RankBatches, Samples, build_loader, rare_class_shares
 from pipeline.data.store import Entry, Split
-from pipeline.params import TrainParams
 from tests.unit.sections import params
 
 AUGMENTATION = {
@@ -64,17 +64,6 @@ def test_images_are_drawn_by_their_classes(split: Split):
     assert [reseeded.index(number) for number in numbers] != order
 
 
-def train(iterations: int = 6, accumulation: int = 1) -> TrainParams:
-    return params(
-        {
-            "train.batch_size": 8,
-            "train.accumulation": accumulation,
-            "train.iterations": iterations,
-            "train.schedule.warmup_iters": 0,
-        }
-    ).train
-
-
 def test_every_epoch_is_another_permutation(split: Split):
     one = samples(split)
     epochs = [[one.index(7 * e + i) for i in range(7)] for e in range(20)]
@@ -113,8 +102,8 @@ def test_an_image_is_drawn_otherwise_in_every_epoch(split: Split):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_the_ranks_share_every_microbatch(world_size: int, accumulation: int):
-    options = train(accumulation=accumulation)
-    ranks = [list(RankBatches(options, 0, rank, world_size)) for rank in range(world_size)]
+    sizes, iterations = (8, accumulation), (0, 6)
+    ranks = [list(RankBatches(sizes, iterations, rank, world_size)) for rank in range(world_size)]
     size = 8 // accumulation
     for iteration in range(6):
         for micro in range(accumulation):
@@ -122,23 +111,39 @@ def test_the_ranks_share_every_microbatch(world_size: int, accumulation: int):
             parts = [rank[iteration][micro * share :][:share] for rank in ranks]
             first = iteration * 8 + micro * size
             assert list(chain(*parts)) == list(range(first, first + size))
-    assert [len(RankBatches(options, 0, 0, world_size)), len(ranks[0])] == [6, 6]
+    assert [len(RankBatches(sizes, iterations, 0, world_size)), len(ranks[0])] == [6, 6]
 
 
 def test_a_restart_yields_the_tail_of_the_whole():
-    options = train(accumulation=2)
-    whole = list(RankBatches(options, 0, 1, 2))
+    whole = list(RankBatches((8, 2), (0, 6), 1, 2))
     for start in range(7):
-        tail = RankBatches(options, start, 1, 2)
+        tail = RankBatches((8, 2), (start, 6), 1, 2)
         assert list(tail) == whole[start:]
         assert len(tail) == 6 - start
 
 
+@pytest.mark.parametrize(
+    ("sizes", "world_size", "multiple"),
+    [((8, 1), 3, 3), ((8, 2), 3, 6), ((8, 2), 8, 16), ((8, 1), 16, 16)],
+)
+def test_a_microbatch_that_the_ranks_cannot_share_equally_is_refused(
+    sizes: tuple[int, int], world_size: int, multiple: int
+):
+    refusal = (
+        f"train.batch_size 8 / train.accumulation {sizes[1]} is not divisible by the {world_size} "
+        f"processes that were started; use a multiple of {multiple}, or as many processes as "
+        "train.gpus"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(refusal)}$"):
+        RankBatches(sizes, (0, 6), 0, world_size)
+
+
 def batches(split: Split, workers: int) -> list[list[np.ndarray]]:
-    loader = build_loader(samples(split), RankBatches(train(), 1, 0, 2), workers, False)
+    loader = build_loader(samples(split), RankBatches((8, 1), (1, 6), 0, 2), workers, False)
     return [[part.numpy() for part in batch] for batch in loader]
 
 
+@pytest.mark.slow
 def test_workers_change_no_bit_of_a_batch(split: Split):
     # In a process of its own: a fork of this one would copy the threads of OpenCV and torch.
     with ProcessPoolExecutor(1, get_context("spawn")) as fresh:

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from pipeline.models import HEADS, ModelParams
 from pipeline.models.backbones import build_backbone
-from pipeline.models.keyed import Keyed, KeyedDropout, key_random_layers, uniform
+from pipeline.models.keyed import KeyedDropout, key_random_layers, uniform
 from pipeline.models.layers import average_pool
-from pipeline.models.segmenter import Head
 from tests.unit.sections import build, model_params
 
 BACKBONES = (
@@ -31,6 +30,8 @@ BACKBONES = (
 SMALL: dict[str, dict[str, object]] = {
     "pointrend": {"channels": 8, "point_channels": 8, "train_points": 32},
     "unet": {"channels": [16, 12, 8, 8, 4]},
+    "eomt": {"num_queries": 6, "num_blocks": 2, "train_points": 64},
+    "linear": {},
 }
 
 
@@ -41,25 +42,39 @@ def options(name: str = "pspnet", **changes: object) -> ModelParams:
     backbone = {"name": "resnet18", "pretrained": None, "output_stride": 32, "with_cp": False}
     given = {f"backbone.{key}": value for key, value in backbone.items()}
     given |= {key: value for key, value in changes.items() if "." in key}
+    if name == "eomt":
+        given |= {"loss": None}
     return model_params({"head.name": name} | {f"head.{k}": v for k, v in head.items()} | given)
 
 
-HEADS_ON = {head: ("mit_b0" if head == "segformer" else "resnet18c") for head in HEADS}
+HEADS_ON = dict.fromkeys(HEADS, "resnet18c") | {
+    "segformer": "mit_b0",
+    "linear": "vit_tiny_patch16_dinov3",
+    "eomt": "vit_tiny_patch14_reg4_dinov2",
+}
+AUXILIARY = [head for head in HEADS if head not in ("eomt", "linear")]  # they may have such a head
 
 
 @pytest.mark.parametrize(
     ("head", "backbone"),
-    [*HEADS_ON.items(), *product(("pspnet", "unet"), BACKBONES[:-1]), ("upernet", "mit_b0")],
+    [
+        *HEADS_ON.items(),
+        *product(("pspnet", "unet"), BACKBONES[:-1]),
+        ("upernet", "mit_b0"),
+        ("linear", "resnet18"),
+    ],
 )
 def test_every_model_keeps_the_contract(head: str, backbone: str):
-    model = build(options(head, aux_weight=0.4, **{"backbone.name": backbone}), 5)
+    auxiliary = {"aux_weight": 0.4} if head in AUXILIARY else {}
+    model = build(options(head, **auxiliary, **{"backbone.name": backbone}), 5)
     images, keys = torch.randn(4, 3, 65, 97), torch.arange(4)
     target = torch.randint(0, 5, (4, 65, 97), dtype=torch.uint8)
     model.train().advance(0.5)
     divisors = model.count(target)
+    assert divisors.dtype == torch.float64
     assert torch.equal(model.count(target[:1]) + model.count(target[1:]), divisors)
     terms = model.losses(model(images, keys), target, keys, divisors)
-    assert {"cross_entropy", "auxiliary_cross_entropy"} <= terms.keys()
+    assert head not in AUXILIARY or {"cross_entropy", "auxiliary_cross_entropy"} <= terms.keys()
     assert all(term.dtype == torch.float64 and term.dim() == 0 for term in terms.values())
     sum(terms.values()).backward()
     without = [name for name, value in model.named_parameters() if value.grad is None]
@@ -76,11 +91,10 @@ def test_every_model_keeps_the_contract(head: str, backbone: str):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_losses_of_parts_add_up_to_the_loss_of_the_batch(head: str):
-    model = build(options(head, **{"backbone.name": HEADS_ON[head]}), 3).double().eval()
-    model.training = True  # batch normalisation, which is in evaluation, sees no batch
+    model = build(options(head, **{"backbone.name": HEADS_ON[head]}), 3).double().train()
     for module in model.modules():
-        if isinstance(module, (Head, Keyed)):
-            module.training = True
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()  # else an image's loss would depend on the others
     images, keys = torch.randn(4, 3, 64, 96, dtype=torch.float64), torch.arange(4) + 7
     target = torch.randint(0, 3, (4, 64, 96), dtype=torch.uint8)
     target[0], target[1, :20] = 255, 255
@@ -94,7 +108,7 @@ def test_the_losses_of_parts_add_up_to_the_loss_of_the_batch(head: str):
         assert (first[name] + rest[name]).item() == pytest.approx(term.item(), rel=1e-9), name
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", AUXILIARY)
 def test_without_a_weight_there_is_no_auxiliary_head(head: str):
     model = build(options(head, aux_weight=0.0, **{"backbone.name": HEADS_ON[head]}), 3)
     assert model.auxiliary_head is None
@@ -138,6 +152,25 @@ def test_what_the_library_does_not_have_is_refused(name: str, encoder: str, rule
 def test_imagenet_weights_that_nobody_offers_are_refused(name: str):
     section = options(**{"backbone.name": name, "backbone.pretrained": "imagenet"}).backbone
     with pytest.raises(ValueError, match=rf"ImageNet weights of {name}; name a file"):
+        build_backbone(section)
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen", "text"),
+    [
+        (OSError("no network"), ValueError, r"resnet50c can't be fetched \(no network\); name a"),
+        (RuntimeError("a bug"), RuntimeError, "a bug"),
+    ],
+)
+def test_only_a_failed_download_is_told_as_one(
+    raised: Exception, seen: type, text: str, monkeypatch: pytest.MonkeyPatch
+):
+    def create_model(*arguments: object, **options: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("timm.create_model", create_model)
+    section = options(**{"backbone.name": "resnet50c", "backbone.pretrained": "imagenet"}).backbone
+    with pytest.raises(seen, match=text):
         build_backbone(section)
 
 
@@ -315,6 +348,7 @@ def test_the_packaged_weights_are_loaded_under_the_right_names():
     assert 0.01 < features[-1].detach().std() < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "resnet50c", "efficientnet_lite0", "mit_b0"])
 def test_activation_checkpointing_changes_nothing(name: str):
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)

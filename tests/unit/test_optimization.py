@@ -181,7 +181,7 @@ def test_what_is_frozen_is_no_business_of_the_optimizer():
 
 def test_a_layer_decay_multiplies_the_rate_of_every_layer_below():
     model = Network()
-    model.backbone.layers_above = lambda name: 3 - int(name.split(".")[0])
+    model.backbone.lr_mult = lambda name, decay: decay ** (3 - int(name.split(".")[0]))
     options = params({"train.layer_decay": 0.5, "train.head_lr_mult": 2.0}).train
     groups = {group["lr_mult"]: group["params"] for group in parameter_groups(model, options)}
     names = {mult: {name.rsplit(".", 1)[0] for name, _ in own} for mult, own in groups.items()}

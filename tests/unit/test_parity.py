@@ -65,6 +65,7 @@ def difference(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_logits_are_those_of_mmsegmentation(path: Path) -> None:
     theirs = np.load(path)

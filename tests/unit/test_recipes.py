@@ -378,6 +378,7 @@ def test_a_comment_is_never_broken_as_a_long_list_is(tmp_path: Path):
     assert read_yaml(path)["train"]["long"] == [f"class {n}, x" for n in range(20)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_trains_two_iterations(name: str, tmp_path: Path):
     tree = plain(resolved(name, tmp_path))

@@ -5,14 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.splits import SPLITS, draw_splits, listed_splits
-from pipeline.params import SplitsParams
+from pipeline.data.splits import SPLITS, SplitsParams, draw_splits, listed_splits
 
 
 def splits(**changes: object) -> SplitsParams:
-    given = {"source": "drawn", "val": 0.2, "test": 0.1, "seed": 0, "group_by": None}
-    given |= {"folds": None, "fold": 0}
-    return SplitsParams.model_validate(given | changes)
+    return SplitsParams.model_validate({"source": "drawn", "val": 0.2, "test": 0.1} | changes)
 
 
 STEMS = [f"walk{i % 20:02}/step{i:03}" for i in range(100)]

@@ -1,6 +1,8 @@
 """The prepared data set: what was packed is read back, under DVC's own identity."""
 
+import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 from dvc.repo import Repo
 
 from pipeline.data import audit
-from pipeline.data.store import Store, file_md5
-from pipeline.params import read_yaml
+from pipeline.data.store import INDEX, Store, write_index
+from pipeline.disk import FORMAT, file_md5
+from pipeline.yaml12 import read_yaml
 from tests.unit.pairs import data_params, labels, photo, write
 
 SIZES = [(12, 16), (7, 5), (31, 2), (1, 9), (12, 16), (40, 33)]
@@ -66,3 +69,20 @@ def test_the_md5_is_that_of_dvc(folder: Path):
 def test_a_folder_without_an_index_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"index\.json is missing; run `dvc repro prepare` first"):
         Store(tmp_path)
+
+
+@pytest.mark.parametrize("found", [FORMAT + 1, FORMAT - 1, None])
+def test_an_index_of_another_version_is_refused_with_the_way_on(
+    found: int | None, folder: Path, tmp_path: Path
+):
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    assert index.pop("format") == FORMAT
+    write_index(tmp_path, index if found is None else index | {"format": found})
+    refusal = (
+        f"{tmp_path}/index.json has format {found}, and this version of the tool reads format "
+        f"{FORMAT}; run `dvc repro -f prepare`, or use the version that wrote it"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(refusal)}$"):
+        Store(tmp_path)
+    write_index(tmp_path, index | {"format": FORMAT})
+    assert Store(tmp_path).shards == Store(folder).shards

@@ -118,6 +118,25 @@ def test_a_stage_is_run_as_the_module_of_its_name(stage: str):
     assert f"stages/{stage}.py" in STAGES[stage]["deps"]
 
 
+def test_a_call_with_more_than_four_arguments_names_them():
+    own = {
+        node.name
+        for path in FILES.values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
+    assert {"augment", "open_training_run", "Segmenter"} <= own
+    nameless = [
+        f"{path.name}:{node.lineno}"
+        for path in FILES.values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and len(node.args) > 4
+        and getattr(node.func, "attr", getattr(node.func, "id", "")) in own
+    ]
+    assert nameless == []
+
+
 def test_every_module_is_reached_by_a_stage_or_a_command():
     used = set().union(*(reached(f"stages.{name}") for name in [*STAGES, *COMMANDS]))
     assert used == {path.relative_to(REPOSITORY).as_posix() for path in FILES.values()}

@@ -92,6 +92,7 @@ def test_without_a_decay_the_model_itself_is_measured():
     assert learner.states().keys() == {"model", "optimizer"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -128,6 +129,7 @@ def test_a_training_that_is_taken_up_again_ends_in_the_same_bytes(
     assert all(torch.equal(value, expected[name]) for name, value in ready.state_dict().items())
 
 
+@pytest.mark.slow
 def test_fp16_learns_by_a_scaled_loss_and_leaves_out_a_step_that_overflows():
     given, single = setting(precision="fp16"), setting()
     learner, other = learner_of(given), learner_of(single)

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from tests.unit.sections import REPOSITORY, params
+
+pytestmark = pytest.mark.slow
 
 
 def train(with_cp: int, iterations: int, side: int) -> dict[str, Any]:
@@ -56,14 +59,15 @@ def peak_memory() -> int:
 
 
 def both(iterations: int, side: int) -> list[dict[str, Any]]:
-    """Without activation checkpointing, and with it, each in a process of its own."""
-    results = []
+    """Without activation checkpointing, and with it: two processes, side by side."""
+    started = []
     for with_cp in (0, 1):
         arguments = map(str, (with_cp, iterations, side))
         command = [sys.executable, "-m", "tests.unit.test_with_cp", *arguments]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-        results.append(json.loads(done.stdout))
-    return results
+        started.append(subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE))
+    printed = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    return [json.loads(text) for text in printed]
 
 
 def test_200_iterations_are_the_same() -> None:

@@ -1,0 +1,119 @@
+"""What MLflow shows of a training that was ended, taken up again, and measured."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.project import dvc, environment, make_project, metrics, query, run
+
+COUNTS = {"train": 10, "val": 3, "test": 3}
+
+
+@contextmanager
+def running(project: Path, *command: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """DVC at work, in a group of processes of its own, of which the block leaves none."""
+    with (project / "dvc.log").open("wb") as log:
+        process = subprocess.Popen(
+            ["dvc", *command],
+            cwd=project,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for_points(project: Path, step: int, process: "subprocess.Popen[bytes]") -> None:
+    """Wait until MLflow holds the training's loss at this step, or a later one."""
+    deadline = time.monotonic() + 120
+    while last_step(project) < step:
+        assert process.poll() is None, (project / "dvc.log").read_text()
+        assert time.monotonic() < deadline, (project / "dvc.log").read_text()
+        time.sleep(0.05)
+
+
+def last_step(project: Path) -> int:
+    if not list(project.glob(".dvc/tmp/instep/*/run_id")):  # the store may still be without tables
+        return 0
+    return query(project, "SELECT max(step) FROM metrics WHERE key = 'train/loss'")[0][0] or 0
+
+
+def stage_of(process: "subprocess.Popen[bytes]") -> psutil.Process:
+    """The process that DVC has started for the training, torchrun's where it has workers."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    return next(p for p in family if "stages.train" in p.cmdline() and "-m" in p.cmdline())
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished training, measured on the split that it was validated on, in another way."""
+    changes = {"evaluation.split": "val", "evaluation.flip": True, "evaluation.scales": [1.0, 1.5]}
+    folder = make_project(tmp_path_factory.mktemp("val"), COUNTS, **changes)
+    dvc(folder, "repro")
+    return folder
+
+
+def test_an_evaluation_of_val_keeps_its_scores_apart_from_the_training_s(project: Path) -> None:
+    rows = query(project, "SELECT key, step, value FROM metrics")
+    held = {(key, step): value for key, step, value in rows}
+    assert held["evaluation/mean_iou", 0] == metrics(project)["mean_iou"]
+    assert held["evaluation/baseline.mean_iou", 0] == metrics(project)["baseline"]["mean_iou"]
+    with (project / "outputs/val.tsv").open() as file:
+        table = list(csv.DictReader(file, delimiter="\t"))
+    trained = {int(row["iteration"]): float(row["mean_iou"]) for row in table}
+    assert trained == {step: held["val/mean_iou", step] for step in (4, 8)}
+    assert {step for key, step in held if key.startswith("val/")} == {4, 8}
+    assert not [key for key, _ in held if key.startswith("test/")]
+
+
+def test_an_ended_experiment_is_shown_as_killed_and_goes_on_as_another(tmp_path: Path) -> None:
+    changes = {"train.iterations": 100000, "train.checkpoint.interval": 2}
+    project = make_project(tmp_path, COUNTS, **changes)
+
+    with running(project, "exp", "run", "-n", "first", "-S", "train.gpus=2") as process:
+        wait_for_points(project, 4, process)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+        process.wait(timeout=30)
+    assert query(project, "SELECT name, status FROM runs") == [("first", "KILLED")]
+
+    with running(project, "exp", "run", "-n", "second", "-S", "train.gpus=1") as process:
+        wait_for_points(project, last_step(project) + 2, process)
+        assert query(project, "SELECT name, status FROM runs") == [("second", "RUNNING")]
+        stage = stage_of(process)
+        stage.terminate()
+        stage.wait(timeout=15)
+        process.wait(timeout=30)
+    assert query(project, "SELECT name, status FROM runs") == [("second", "KILLED")]
+    tags = dict(query(project, "SELECT key, value FROM tags"))
+    assert tags["dvc.exp_name"] == "second"
+    times = "SELECT count(*) FROM metrics WHERE key = 'train/loss' GROUP BY step"
+    assert set(query(project, times)) == {(1,)}
+
+
+def test_a_server_that_is_away_ends_no_stage(project: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        away = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{unused.getsockname()[1]}"}
+        for stage in ("train", "evaluate"):
+            said = run([sys.executable, "-m", f"stages.{stage}"], project, **away).stdout
+            assert said.count("tracked nowhere") == 1
+    assert json.loads((project / "outputs/run.json").read_text())["run_id"] is None
+    assert len(query(project, "SELECT run_uuid FROM runs")) == 1

@@ -1,0 +1,276 @@
+"""What MLflow's store holds of a run, and what happens where the store fails."""
+
+import json
+import logging
+import os
+import random
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import _validate_metric_name
+
+from pipeline import tracking
+from pipeline.tracking import (
+    Tracker,
+    TrackingParams,
+    metric_name,
+    open_evaluation_run,
+    open_training_run,
+    tracked,
+)
+from tests.project import REPOSITORY, environment
+
+PARAMS = TrackingParams(uri=None, experiment="tests", log_interval=1)
+DATA = ("feet", "md5", "data/prepared")
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its tables take MLflow seconds to create."""
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").create_experiment("tests")
+    return path
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, caplog: object
+) -> Path:
+    """A main checkout whose store is empty; ends of runs wait for a second at most."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+    monkeypatch.setattr(tracking, "PATIENCE", 1.0)
+    monkeypatch.setattr(tracking, "RETRY", 0.1)
+    caplog.set_level(logging.INFO, "instep")
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def start(folder: Path, name: str = "run", **tags: str) -> Tracker:
+    """A training of a folder: its first attempt, or the next."""
+    kept = folder / "run_id"
+    run_id = kept.read_text() if kept.is_file() else None
+    parameters = {"train.lr": 0.1}
+    return open_training_run(PARAMS, run_id, kept.write_text, name, parameters, tags, DATA)
+
+
+def evaluate(run_id: str | None) -> Tracker:
+    return open_evaluation_run(PARAMS, run_id, "f" * 32, "evaluation", {}, {}, DATA)
+
+
+def rows(folder: Path, sql: str) -> list[tuple]:
+    with sqlite3.connect(folder / "mlflow.db") as store:
+        return store.execute(sql).fetchall()
+
+
+def points(folder: Path) -> Counter[tuple[str, int]]:
+    """Metric and step of all points but the machine's load, each with how often it is there."""
+    return Counter(rows(folder, "SELECT key, step FROM metrics WHERE key NOT LIKE 'system/%'"))
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, method: str, times: int = 1000) -> list[str]:
+    """Make a method of the client fail so often; the result grows by each call."""
+    calls: list[str] = []
+    real = getattr(MlflowClient, method)
+
+    def failing(*arguments: object, **named: object) -> object:
+        calls.append(method)
+        if len(calls) <= times:
+            raise MlflowException("the disk\nof the store is full")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(MlflowClient, method, failing)
+    return calls
+
+
+def test_every_name_is_valid_and_no_two_become_one():
+    rng = random.Random(0)
+    names = {"", "/", "//", "..", "../a", "...", "a/.", "./", "\n", "a\n", "\ud800", ":", "a:7c:b"}
+    names |= {"".join(rng.choices("ab|?:/. \n7c", k=rng.randint(1, 8))) for _ in range(20000)}
+    names |= {"x" * n for n in (249, 250, 251, 1000)} | {"x" * 999 + "y", "?" * 100, "/" * 300}
+    for name in names:
+        _validate_metric_name(metric_name(name))
+        assert len(metric_name(name)) <= 250
+    assert len({metric_name(name) for name in names}) == len(names)
+    for name in ("train/loss", "val/iou.traffic light", "evaluation/iou.Straße", "a.b/c-d_e"):
+        assert metric_name(name) == name
+    assert metric_name("val/iou.sky/") == "val/iou.sky:2f:"
+
+
+def test_classes_of_any_name_reach_the_store(folder: Path) -> None:
+    names = ["sky/", "a|b", "a?b", "..", "/", "road", "x" * 300, "é"]
+    tracker = start(folder)
+    tracker.log({"iteration": 1} | {f"val/iou.{name}": i for i, name in enumerate(names)})
+    tracker.log({"iteration": 2, "a//b": 0.5})
+    tracker.finish("FINISHED")
+    values = rows(folder, "SELECT value FROM metrics WHERE key LIKE 'val/iou.%' ORDER BY value")
+    assert values == [(float(i),) for i in range(len(names))]
+    assert len(points(folder)) == len(names) + 1
+    assert ("val/iou.road", 1) in points(folder)
+
+
+def test_kills_at_any_moment_leave_every_point_once(folder: Path) -> None:
+    script = [sys.executable, "-m", "tests.kill_tracker", str(folder)]
+    done = subprocess.run(
+        script, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    _, history = json.loads((folder / "state.json").read_text())
+    logged = {(name, entry["iteration"]) for entry in history for name in entry}
+    held = points(folder)
+    assert set(held.values()) == {1}
+    assert {point for point in logged if point[0] != "iteration"} <= held.keys()
+    assert len(held) > 6 * 1050
+
+
+def test_another_log_interval_after_a_kill_leaves_no_gap(folder: Path) -> None:
+    for steps in ((4, 8), (5, 6, 7, 8, 9), range(4, 13)):
+        tracker = start(folder)
+        for step in steps:
+            tracker.log({"iteration": step, "train/loss": 1.0})
+        tracker.finish("KILLED")
+    assert points(folder) == {("train/loss", step): 1 for step in range(4, 13)}
+
+
+def test_a_run_is_asked_for_few_things(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = broken(monkeypatch, "get_metric_history", times=0)
+    scores = {f"val/iou.class {number}": 0.5 for number in range(150)}
+    history = [{"iteration": i, "train/loss": 1.0, "train/lr": 0.1} | scores for i in range(1, 21)]
+    for attempt in range(2):
+        tracker = start(folder)
+        for entry in history:
+            tracker.log(entry)
+        tracker.finish("KILLED")
+        if attempt == 0:
+            assert asked == []
+    assert len(asked) == 2
+    assert set(points(folder).values()) == {1}
+    assert len(points(folder)) == 20 * 152
+
+
+def test_a_server_that_is_away_delays_the_start_by_seconds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        began = time.monotonic()
+        with tracked(start(folder)):
+            pass
+        assert time.monotonic() - began < 20
+    (line,) = caplog.messages
+    assert "tracked nowhere" in line
+    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
+
+
+def test_a_store_that_does_not_answer_delays_the_start_by_so_much(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "OPENING", 0.5)
+    (folder / ".dvc/tmp").mkdir(parents=True)
+    with FileLock(folder / ".dvc/tmp/instep-mlflow.lock"):  # another process waits for the store
+        start(folder).finish("FINISHED")
+    (line,) = caplog.messages
+    assert "tracked nowhere" in line
+    assert "0.5 s" in line
+
+
+@pytest.mark.parametrize(
+    "method", ["get_experiment_by_name", "create_run", "get_run", "update_run", "search_runs"]
+)
+def test_a_store_that_fails_as_a_run_is_opened_ends_no_stage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    if method in ("get_run", "update_run"):  # another attempt's
+        start(folder).finish("KILLED")
+    broken(monkeypatch, method)
+    tracker = evaluate(None) if method == "search_runs" else start(folder)
+    tracker.log({"iteration": 1, "val/mean_iou": 0.5})
+    tracker.finish("FINISHED")
+    (line,) = caplog.messages
+    assert "tracked nowhere" in line
+    assert "the disk of the store is full" in line
+
+
+@pytest.mark.parametrize("method", ["log_batch", "log_inputs", "set_terminated"])
+def test_what_a_store_refuses_for_a_while_arrives_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    broken(monkeypatch, method, times=3)
+    tracker = start(folder, who="me")
+    for iteration in range(1, 4):
+        tracker.log({"iteration": iteration, "val/mean_iou": 0.5})
+    tracker.finish("FINISHED")
+    assert points(folder) == {("val/mean_iou", iteration): 1 for iteration in range(1, 4)}
+    assert rows(folder, "SELECT key, value FROM params") == [("train.lr", "0.1")]
+    assert rows(folder, "SELECT digest FROM datasets") == [("md5",)]
+    assert ("who", "me") in rows(folder, "SELECT key, value FROM tags")
+    assert rows(folder, "SELECT status FROM runs") == [("FINISHED",)]
+    assert len(caplog.messages) == 2  # that it waits, and that it has arrived
+
+
+def test_what_is_lost_is_said_in_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = start(folder)
+    tracker.log({"iteration": 1, "val/mean_iou": 0.5})
+    deadline = time.monotonic() + 20
+    while not points(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for method in ("log_batch", "set_terminated", "log_artifact", "log_artifacts"):
+        broken(monkeypatch, method)
+    for iteration in range(2, 9):
+        tracker.log({"iteration": iteration, "train/loss": 1.0, "val/mean_iou": 0.5})
+    (folder / "pictures").mkdir()
+    for name in ("a", "b"):
+        (folder / "pictures" / name).touch()
+    tracker.log_artifacts([folder / "pictures"], "pictures")
+    tracker.log_artifacts([folder / "pictures/a"], "")
+    tracker.finish("FINISHED")
+    tracker.finish("FINISHED")
+    _, line = caplog.messages
+    assert "lacks 14 points, its end, 3 files: the disk of the store is full" in line
+
+
+def test_an_error_in_the_training_fails_its_run(folder: Path) -> None:
+    with pytest.raises(ZeroDivisionError), tracked(start(folder)):
+        raise ZeroDivisionError
+    assert rows(folder, "SELECT status FROM runs") == [("FAILED",)]
+    with tracked(start(folder)):
+        assert rows(folder, "SELECT status FROM runs") == [("RUNNING",)]
+    assert rows(folder, "SELECT status FROM runs") == [("FINISHED",)]
+
+
+def test_a_run_has_the_name_and_the_tags_of_the_experiment_that_goes_on_with_it(
+    folder: Path,
+) -> None:
+    def named() -> tuple[str, dict[str, str]]:
+        ((name,),) = rows(folder, "SELECT name FROM runs")
+        tags = dict(rows(folder, "SELECT key, value FROM tags"))
+        assert tags.pop("mlflow.runName") == name
+        return name, {key: value for key, value in tags.items() if key.startswith("dvc.")}
+
+    first = {"dvc.exp_name": "first", "dvc.baseline_rev": "1"}
+    start(folder, "first", **first).finish("KILLED")
+    MlflowClient(f"sqlite:///{folder}/mlflow.db").update_run(
+        (folder / "run_id").read_text(), name="by hand"
+    )
+    start(folder, "first", **first).finish("KILLED")
+    assert named() == ("by hand", first)
+    second = {"dvc.exp_name": "second", "dvc.baseline_rev": "2"}
+    start(folder, "second", **second).finish("KILLED")
+    assert named() == ("second", second)
+    start(folder, "plain").finish("KILLED")
+    assert named() == ("plain", {})
