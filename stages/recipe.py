@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.comments import read_commented, write_commented
+from ruamel.yaml.comments import CommentedMap
+
+from pipeline.comments import rewrite
 from pipeline.experiment import load_params
 from pipeline.params import flatten, nearest
 from pipeline.yaml12 import read_yaml
@@ -104,12 +106,14 @@ def rewritten(path: Path, values: dict[str, Any]) -> str:
     """
     if not isinstance(read_yaml(path), dict):
         raise ValueError(f"{path} holds no parameters; `git checkout {path}` brings them back")
-    document = read_commented(path)
-    for name, section in values.items():
-        if not isinstance(document.get(name), dict):
-            document[name] = {}
-        merge(document[name], section, name if name in WHOLE else None)
-    return write_commented(document)
+
+    def change(document: CommentedMap) -> None:
+        for name, section in values.items():
+            if not isinstance(document.get(name), dict):
+                document[name] = {}
+            merge(document[name], section, name if name in WHOLE else None)
+
+    return rewrite(path, change)
 
 
 def merge(section: Any, values: dict[str, Any], whole: str | None = None) -> None:

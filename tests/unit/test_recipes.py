@@ -6,27 +6,29 @@ import shutil
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from pipeline.training.losses import Criterion
+from dvc.utils.hydra import apply_overrides
+from ruamel.yaml import YAML
 
-from pipeline.models import build_model
-from pipeline.params import Params, flatten, load_params, plain, read_yaml
+from pipeline.experiment import Params, load_params
+from pipeline.params import flatten, plain
 from pipeline.training.loop import train_step
-from pipeline.training.optimization import build_learner
+from pipeline.yaml12 import read_yaml
 from stages import recipe
-from tests.unit.sections import REPOSITORY
+from tests.unit.sections import REPOSITORY, learner_of
 
 NAMES = recipe.names()
 # What a recipe leaves to the user and the machine; all else it sets.
 LEFT = {
-    "data.root",
-    "model.backbone.with_cp",
+    *recipe.LEFT,
     *(f"train.{name}" for name in ("gpus", "device", "workers", "seed", "deterministic")),
     "train.work_dir",
     *(f"tracking.{name}" for name in ("uri", "experiment", "log_interval")),
 }
+HEADS = {"model.head.channels"}  # of the default head: with another one it is not there
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 @cache
-def values(name: str) -> dict[str, str]:
+def values(name: str) -> dict[str, Any]:
     return recipe.load_recipe(name).values
 
 
@@ -73,7 +75,11 @@ def test_no_promised_recipe_is_missing():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_sets_all_that_is_not_left_to_the_user(name: str):
     parameters = set(flatten(read_yaml(REPOSITORY / "params.yaml")))
-    assert parameters - values(name).keys() == LEFT
+    assert parameters - flatten(values(name)).keys() == LEFT | HEADS - flatten(values(name)).keys()
+    assert {key for key in LEFT if key.startswith(("data.", "augmentation.", "model."))} == {
+        "data.root",
+        "model.backbone.with_cp",
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,7 +87,7 @@ def test_a_recipe_is_valid_and_is_what_its_name_says(name: str, tmp_path: Path):
     params = resolved(name, tmp_path)
     heads = {"semantic": "semantic_fpn"}
     head, *_, crop, length, data = name.split("_")
-    assert params.model.name == heads.get(head, head)
+    assert params.model.head.name == heads.get(head, head)
     assert params.data.name == data
     assert list(params.augmentation.crop_size) == [int(side) for side in crop.split("x")]
     assert params.train.iterations == int(length.removesuffix("k")) * 1000
@@ -134,6 +140,38 @@ def test_what_stood_in_the_file_leaves_no_trace(file: Path):
         assert file.read_text(encoding="utf-8") == recipe.rewritten(clean, values(name)), name
 
 
+def test_what_dvc_made_of_the_file_leaves_no_trace(file: Path):
+    clean = file.with_name("clean.yaml")
+    clean.write_bytes(file.read_bytes())
+    name = "segformer_mit-b0_512x512_160k_ade20k"
+    for changes in (
+        ["augmentation.crop_size=[32,32]", "augmentation.scale=null", "train.lr=1e-7"],
+        ["model.std=[1,2,3]", "+model.head.dropout=0.2", "+model.backbone.freeze=true"],
+        ["+data.allow_missing_classes=true", "train.clip_grad_norm=1.0"],
+    ):
+        apply_overrides(str(file), changes)  # dvc exp run -S
+    assert "  - - 38\n" in file.read_text(encoding="utf-8")
+    assert "uri:   " in file.read_text(encoding="utf-8")
+    recipe.use(name)
+    assert file.read_text(encoding="utf-8") == recipe.rewritten(clean, values(name))
+    apply_overrides(str(file), ["model.mean=[1,2,3]", "data.root=data/bluemarble"])
+    recipe.use(name)
+    assert file.read_text(encoding="utf-8") == recipe.rewritten(clean, values(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_written_is_read_alike_by_dvc_and_by_us(name: str, file: Path):
+    recipe.use(name)
+    ours = read_yaml(file)
+    assert ours == YAML(typ="safe").load(file)
+    found, wanted = flatten(ours), flatten(values(name))
+    assert {key: found[key] for key in wanted} == wanted
+    assert {key for key in found.keys() - wanted.keys() if not key.startswith("tracking.")} <= LEFT
+    text = re.sub(" #.*", "", file.read_text(encoding="utf-8"))
+    assert max(map(len, text.splitlines())) <= 100
+    assert not re.search(r"[ \t]$|:$\n(?! )", text, re.MULTILINE)
+
+
 @pytest.mark.parametrize("name", ["pspnet_r50-d8_512x512_80k_ade20k", NAMES[-1]])
 def test_comments_order_and_the_users_own_values_stay(name: str, file: Path):
     text = file.read_text(encoding="utf-8").replace("gpus: 1", "gpus: 2")
@@ -141,8 +179,12 @@ def test_comments_order_and_the_users_own_values_stay(name: str, file: Path):
     before = file.read_text(encoding="utf-8")
     recipe.use(name)
     after = file.read_text(encoding="utf-8")
-    assert re.findall("#.*", after) == re.findall("#.*", before)
-    assert list(recipe.places(after)) == list(recipe.places(before))
+    of_the_former_head = ["# from the coarsest stage to the finest"]
+    kept = [line for line in re.findall("#.*", before) if line not in of_the_former_head]
+    assert re.findall("#.*", after) == kept
+    old, new = (list(flatten(YAML(typ="safe").load(text))) for text in (before, after))
+    assert [key for key in new if key in old] == [key for key in old if key in new]
+    assert set(old) - set(new) <= HEADS
     params = load_params(file)
     assert (params.train.gpus, params.data.root) == (2, "data/ade")
 
@@ -171,7 +213,9 @@ def test_use_tells_what_changed_and_what_comes_next(file: Path, capsys: pytest.C
     recipe.use("pointrend_r101_512x512_160k_feetarch5k")
     changed, rest = capsys.readouterr().out.split("Left as they were:\n")
     left, following = rest.split("Next:\n")
-    assert '  data.format: "bluemarble" -> "pairs"\n' in changed
+    assert '  data.format.name: "bluemarble" -> "pairs"\n' in changed
+    assert '  data.format.splits.source: left out -> "drawn"\n' in changed
+    assert "  model.head.channels: [128, 64, 48, 32, 16] -> left out\n" in changed
     assert "train.seed" not in changed
     assert '  data.root: "data/bluemarble"\n' in left
     assert following.startswith("  data.root: your folder")
@@ -184,9 +228,8 @@ def test_a_recipe_of_ones_own_starts_from_a_whole_one(
     monkeypatch.setattr(recipe, "RECIPES", folder)
     other = "pspnet_r50-d8_512x512_80k_ade20k"
     (folder / "mine.yaml").write_text(f"base: [{other}]\ntrain:\n  lr: 0.005\n", encoding="utf-8")
-    assert recipe.load_recipe("mine").values == recipe.load_recipe(other).values | {
-        "train.lr": "0.005"
-    }
+    mine, theirs = (flatten(recipe.load_recipe(name).values) for name in ("mine", other))
+    assert mine == theirs | {"train.lr": 0.005}
     (folder / "mine.yaml").write_text("base: [_comon]\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"_comon\.yaml: there is no such piece"):
         recipe.load_recipe("mine")
@@ -205,7 +248,8 @@ def test_an_unknown_name_is_answered_with_the_nearest(file: Path):
     [
         ("gpus: 1", "gpus: 3", "batch_size 16 is the batch of all processes"),
         ("seed: 0\n  det", "sead: 0\n  det", r"train\.sead: no such parameter"),
-        ("lr: 0.003", "learning_rate: 0.003", r"has no parameter train\.lr, which the recipe"),
+        ("lr: 0.003", "learning_rate: 0.003", r"train\.learning_rate: no such parameter"),
+        ("  experiment: instep\n", "", r"tracking\.experiment: missing"),
         ("tracking:", "tracking: [", "can't be read"),
     ],
 )
@@ -230,8 +274,9 @@ def test_values_are_replaced_whatever_their_form(tmp_path: Path):
     path = tmp_path / "some.yaml"
     path.write_text(
         "# head\n"
-        "a: # a section\n"
+        "train: # a section\n"
         "  lines:      # as `dvc exp run -S` leaves a list\n"
+        "  # before its items\n"
         "  - - 1\n"
         "    - 2\n"
         "  - - 3\n"
@@ -241,29 +286,96 @@ def test_values_are_replaced_whatever_their_form(tmp_path: Path):
         "  dashes:\n"
         "    - x # first\n"
         "    - y # last\n"
+        "\n"
+        "    # before inline\n"
         "  inline: {x: 'é # no comment', y: [1,\n"
         "    2]}   # end\n"
-        "last: 1\n",
+        "last: 1\n"
+        "# foot\n",
         encoding="utf-8",
     )
     values = {
-        "a.lines": "[5,\n    6]",
-        "a.none": "[7]",
-        "a.dashes": "[]",
-        "a.inline.x": "null",
-        "a.inline.y": "8",
+        "lines": [5, 6],
+        "none": [7],
+        "dashes": [],
+        "inline": {"x": None, "y": 8, "z": "two words"},
+        "more": {"text": "off: no # comment", "number": 1e-6, "texts": ["", "1", "true", "a, b"]},
     }
-    assert recipe.rewritten(path, values) == (
+    assert recipe.rewritten(path, {"train": values}) == (
         "# head\n"
-        "a: # a section\n"
-        "  lines: [5,\n"
-        "    6] # as `dvc exp run -S` leaves a list\n"
+        "train: # a section\n"
+        "  # before its items\n"
+        "  lines: [5, 6] # as `dvc exp run -S` leaves a list\n"
         "  # before none\n"
         "  none: [7] # as it leaves null\n"
-        "  dashes: [] # last\n"
-        "  inline: {x: null, y: 8}   # end\n"
+        "  dashes: []\n"
+        "\n"
+        "  # before inline\n"
+        "  inline: {x: null, y: 8, z: two words} # end\n"
+        "  more:\n"
+        "    text: 'off: no # comment'\n"
+        "    number: 1e-06\n"
+        "    texts: ['', '1', 'true', 'a, b']\n"
+        "\n"
         "last: 1\n"
+        "# foot\n"
     )
+    path.write_text(recipe.rewritten(path, {"train": values}), encoding="utf-8")
+    assert read_yaml(path)["train"] == values == YAML(typ="safe").load(path)["train"]
+
+
+def test_what_a_recipe_does_not_say_goes_with_its_own_comments_alone(tmp_path: Path):
+    path = tmp_path / "some.yaml"
+    path.write_text(
+        "data:\n"
+        "  # what it is called\n"
+        "  name: a # the name\n"
+        "  format:\n"
+        "    name: pairs # the format\n"
+        "    # folders\n"
+        "    images: pictures # of photographs\n"
+        "    splits:\n"
+        "      val: 0.5\n"
+        "      # test\n"
+        "      test: 0.25\n"
+        "  # where it lies\n"
+        "  root: mine\n"
+        "  # an option\n"
+        "  allow_missing_classes: true # last\n"
+        "\n"
+        "# how it learns\n"
+        "train: {lr: 1, seed: 2}\n",
+        encoding="utf-8",
+    )
+    values = {
+        "data": {"name": "b", "format": {"name": "pairs", "images": "x", "targets": "y"}},
+        "train": {"lr": 3},
+    }
+    assert recipe.rewritten(path, values) == (
+        "data:\n"
+        "  # what it is called\n"
+        "  name: b # the name\n"
+        "  format:\n"
+        "    name: pairs # the format\n"
+        "    images: x\n"
+        "    targets: y\n"
+        "  # where it lies\n"
+        "  root: mine\n"
+        "\n"
+        "# how it learns\n"
+        "train: {lr: 3, seed: 2}\n"
+    )
+
+
+def test_a_comment_is_never_broken_as_a_long_list_is(tmp_path: Path):
+    path = tmp_path / "some.yaml"
+    listed = ", ".join(f"class {number}" for number in range(20))
+    path.write_text(f"train:\n  short: [1, 2] # as [{listed}] # or [{listed}]\n  long: [a]\n")
+    text = recipe.rewritten(path, {"train": {"long": [f"class {n}, x" for n in range(20)]}})
+    assert text.splitlines()[1] == f"  short: [1, 2] # as [{listed}] # or [{listed}]"
+    assert len(text.splitlines()) > 4
+    path.write_text(text, encoding="utf-8")
+    assert read_yaml(path)["train"]["long"] == [f"class {n}, x" for n in range(20)]
 
 
 @pytest.mark.slow
@@ -273,17 +385,17 @@ def test_every_recipe_trains_two_iterations(name: str, tmp_path: Path):
     tree["model"]["backbone"]["pretrained"] = None
     tree["train"] |= {"batch_size": 2, "device": "cpu"}
     params = Params.model_validate_json(json.dumps(tree))
-    cpu, classes = torch.device("cpu"), len(params.data.classes)
+    classes = len(params.data.classes)
     torch.manual_seed(0)
-    learner = build_learner(build_model(params.model, classes), params.train, cpu)
-    criterion = Criterion(params.train.loss, [1.0] * classes, params.data.ignore_index, cpu)
+    learner = learner_of(params, classes)
     before = [parameter.detach().clone() for parameter in learner.model.parameters()]
     for iteration in range(2):
         images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
         targets = torch.randint(classes, (2, 64, 64), dtype=torch.uint8)
         batch = (images, targets, torch.arange(2) + 2 * iteration)
-        loss = train_step(learner.model.train(), learner, criterion, batch, params, cpu)
-        assert torch.isfinite(loss)
+        terms = train_step(learner, batch, params.train.accumulation)
+        assert terms
+        assert all(torch.isfinite(term) for term in terms.values())
     for old, (key, new) in zip(before, learner.model.named_parameters(), strict=True):
         assert torch.isfinite(new).all(), key
         assert not torch.equal(old, new), key
