@@ -28,7 +28,8 @@ LEFT = {
     "train.work_dir",
     *(f"tracking.{name}" for name in ("uri", "experiment", "log_interval")),
 }
-HEADS = {"model.head.channels"}  # of the default head: with another one it is not there
+# Of the default head: with another one they may not be there.
+HEADS = {"model.head.channels", "model.loss.cross_entropy"}
 
 
 @pytest.fixture
@@ -67,6 +68,10 @@ def test_no_promised_recipe_is_missing():
         *(f"pointrend_{net}_512x512_160k_ade20k" for net in ("r50", "r101")),
         *(f"pointrend_{net}_512x1024_80k_cityscapes" for net in ("r50", "r101")),
         "pointrend_r101_512x512_160k_feetarch5k",
+        "eomt_dinov2-l_512x512_39k_ade20k",
+        "eomt_dinov2-l_1024x1024_20k_cityscapes",
+        "eomt_dinov2-s_512x512_20k_feetarch5k",
+        *(f"linear_dinov3-{size}_512x512_40k_ade20k" for size in "sb"),
     }
     assert promised <= set(NAMES)
     assert {name.split("_")[0] for name in NAMES} >= {"fcn", "deeplabv3plus", "upernet"}
@@ -92,8 +97,16 @@ def test_a_recipe_is_valid_and_is_what_its_name_says(name: str, tmp_path: Path):
     assert list(params.augmentation.crop_size) == [int(side) for side in crop.split("x")]
     assert params.train.iterations == int(length.removesuffix("k")) * 1000
     assert params.evaluation.interval * 10 == params.train.iterations
-    (encoder,) = re.findall(r"_(r\d+|mit-b\d)", name)
-    backbone = f"{encoder.replace('r', 'resnet')}c" if encoder[0] == "r" else f"mit_{encoder[4:]}"
+    (encoder,) = re.findall(r"_(r\d+|mit-b\d|dinov\d-\w)", name)
+    if encoder.startswith("dinov"):
+        kind, size = encoder.split("-")
+        sizes = {"s": "small", "b": "base", "l": "large"}
+        vit = {"dinov2": "patch14_reg4_dinov2", "dinov3": "patch16_dinov3_qkvb"}
+        backbone = f"vit_{sizes[size]}_{vit[kind]}"
+    elif encoder.startswith("mit"):
+        backbone = f"mit_{encoder[4:]}"
+    else:
+        backbone = f"{encoder.replace('r', 'resnet')}c"
     assert params.model.backbone.name == backbone
     assert params.model.backbone.output_stride == (8 if "-d8" in name else 32)
 
@@ -116,11 +129,18 @@ def test_a_data_set_brings_its_batch_and_its_classes(
     assert params.data.reduce_zero_label is (classes == 150)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# What the configs that recipes of MMSegmentation name hold, resolved by mmengine, under our names.
+REFERENCE = json.loads((REPOSITORY / "tests/unit/data/mmsegmentation_recipes.json").read_text())
+
+
+def test_every_other_recipe_is_mmsegmentations():
+    others = {name for name in NAMES if name.startswith(("eomt_", "linear_"))}
+    assert set(NAMES) - others == set(REFERENCE)
+
+
+@pytest.mark.parametrize("name", REFERENCE)
 def test_a_recipe_has_mmsegmentations_numbers(name: str, tmp_path: Path):
-    # What the configs that the recipes name hold, resolved by mmengine, under our names.
-    reference = REPOSITORY / "tests/unit/data/mmsegmentation_recipes.json"
-    expected = json.loads(reference.read_text())[name]
+    expected = dict(REFERENCE[name])
     params = plain(resolved(name, tmp_path))
     assert len(params["data"]["classes"]) == expected.pop("classes", 3)
     found = flatten(params)
@@ -382,13 +402,21 @@ def test_a_comment_is_never_broken_as_a_long_list_is(tmp_path: Path):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_trains_two_iterations(name: str, tmp_path: Path):
     tree = plain(resolved(name, tmp_path))
-    tree["model"]["backbone"]["pretrained"] = None
+    backbone = tree["model"]["backbone"]
+    backbone["pretrained"] = None
+    if backbone["name"].startswith("vit_"):  # a large one takes gigabytes
+        tiny = {"2": "vit_tiny_patch14_reg4_dinov2", "3": "vit_tiny_patch16_dinov3"}
+        (kind,) = re.findall(r"dinov(\d)", backbone["name"])
+        backbone["name"] = tiny[kind]
     tree["train"] |= {"batch_size": 2, "device": "cpu"}
+    tree["train"]["schedule"]["warmup_iters"] = 0  # whose rates change no digit of a weight
     params = Params.model_validate_json(json.dumps(tree))
     classes = len(params.data.classes)
     torch.manual_seed(0)
     learner = learner_of(params, classes)
     before = [parameter.detach().clone() for parameter in learner.model.parameters()]
+    frozen = {key for key, own in learner.model.named_parameters() if not own.requires_grad}
+    assert bool(frozen) == name.startswith("linear_")
     for iteration in range(2):
         images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
         targets = torch.randint(classes, (2, 64, 64), dtype=torch.uint8)
@@ -398,4 +426,4 @@ def test_every_recipe_trains_two_iterations(name: str, tmp_path: Path):
         assert all(torch.isfinite(term) for term in terms.values())
     for old, (key, new) in zip(before, learner.model.named_parameters(), strict=True):
         assert torch.isfinite(new).all(), key
-        assert not torch.equal(old, new), key
+        assert torch.equal(old, new) == (key in frozen), key
