@@ -159,15 +159,14 @@ class State:
             ValueError: another training with the same fingerprint is running.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / "lock", timeout=LOCK_PATIENCE)
         try:
-            lock.acquire()
+            held = FileLock(self.folder / "lock", timeout=LOCK_PATIENCE).acquire()
         except Timeout:
             raise ValueError(
                 f"another process is doing this very training (it holds {self.folder}/lock); "
                 "wait for it, or end it"
             ) from None
-        with lock:
+        with held:
             if self.finished:  # `dvc repro -f`: this training is to be done anew
                 for path in self.folder.iterdir():
                     if path.name != "lock":
@@ -190,14 +189,16 @@ class State:
     def finish(self) -> None:
         """DVC has the training's outputs: the next training of the same starts anew.
 
-        The state stays for an extension, until another training is finished.
+        The state stays for an extension, until another training is finished. One that a process is
+        writing, since it does the training anew, is left alone.
         """
         if not self.folder.is_dir():
             return
-        for path in self.folder.parent.iterdir():
-            if path != self.folder and (path / FINISHED).is_file():
-                _remove(path)
-        (self.folder / FINISHED).touch()
+        with suppress(Timeout), FileLock(self.folder / "lock", blocking=False):
+            for path in self.folder.parent.iterdir():
+                if path != self.folder and (path / FINISHED).is_file():
+                    _remove(path)
+            (self.folder / FINISHED).touch()
 
     def start_from(self, other: "State") -> None:
         """Take over what another training ended with, its curves and its best checkpoint."""

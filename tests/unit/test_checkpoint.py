@@ -271,7 +271,9 @@ def test_a_state_in_another_process_hands_is_refused_kept_and_later_free(states:
         os.utime(state.folder, (old, old))
         with State("other").locked():
             pass
+        state.finish()
         assert state.exists
+        assert not state.finished
         other.communicate("")
     with state.locked():
         pass
