@@ -121,7 +121,7 @@ def result_of(params: Params) -> dict[str, Any]:
 
 def state_of(params: Params, store: Store) -> State:
     """The state of the training that the parameters, the data and the code describe."""
-    return State(train_fingerprint(result_of(params), start_files(params.train), store.md5))
+    return State(train_fingerprint(result_of(params), params.train, store.md5))
 
 
 def take_over(params: Params, store: Store, state: State) -> None:
@@ -132,7 +132,7 @@ def take_over(params: Params, store: Store, state: State) -> None:
     shorter = options.model_copy(update={"extend": 0})
     other = state_of(params.model_copy(update={"train": shorter}), store)
     if other.finished:
-        state.start_from(other)
+        state.start_from(other, describe(params, store))
     else:
         log.info(
             "the training of %d iterations that train.extend goes on from is not the last one "

@@ -64,6 +64,11 @@ def build_checkpoint(
     return cast("Checkpoint", _canonical(states) | _canonical(meta | dict(description)))
 
 
+def described_anew(checkpoint: Checkpoint, description: Description) -> Checkpoint:
+    """The same checkpoint, as another training with the same result would have written it."""
+    return cast("Checkpoint", _canonical(dict(checkpoint) | dict(description)))
+
+
 def _canonical(value: Any) -> Any:
     """Equal content, equal bytes: pickle would record which strings and tuples are one object."""
     match value:

@@ -22,7 +22,13 @@ from pipeline.evaluation.inference import EvaluationParams
 from pipeline.models import ModelParams
 from pipeline.models.weights import read_file
 from pipeline.params import Section, main_checkout, plain
-from pipeline.training.checkpoint import Checkpoint, save
+from pipeline.training.checkpoint import (
+    Checkpoint,
+    Description,
+    described_anew,
+    load_checkpoint,
+    save,
+)
 from pipeline.training.params import TrainParams
 from pipeline.yaml12 import read_yaml
 
@@ -88,9 +94,9 @@ def result_params(
     }
 
 
-def train_fingerprint(result: dict[str, Any], starts: list[Path], data_md5: str) -> str:
+def train_fingerprint(result: dict[str, Any], train: TrainParams, data_md5: str) -> str:
     """What a training's result follows from: parameters, data, code, the files it starts from."""
-    files = [file_md5(path) for path in starts]
+    files = ["resumed" if train.resume_from else "loaded", *map(file_md5, start_files(train))]
     pretrained = result["model"]["backbone"]["pretrained"]
     weights = main_checkout() / (pretrained or "")
     files.append(file_md5(weights) if pretrained != "imagenet" and weights.is_file() else "")
@@ -200,10 +206,12 @@ class State:
                     _remove(path)
             (self.folder / FINISHED).touch()
 
-    def start_from(self, other: "State") -> None:
+    def start_from(self, other: "State", description: Description) -> None:
         """Take over what another training ended with, its curves and its best checkpoint."""
-        for path in other.folder.glob("*.pt"):
-            shutil.copyfile(path, self.folder / path.name)
+        saved = other.load()
+        if best := other._best(saved["checkpoint"]):
+            self.save_best(described_anew(load_checkpoint(best), description))
+        self.save(saved)
 
     def save(self, saved: Saved) -> None:
         """Keep a checkpoint and the curves up to it, in one step."""

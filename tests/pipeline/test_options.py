@@ -25,6 +25,9 @@ CHANGES: dict[str, object] = SMALL | {
     "train.iterations": 4,
     "train.validate": True,
     "train.work_dir": "outputs",
+    "train.extend": 0,
+    "train.resume_from": None,
+    "model.loss": {"cross_entropy": 1.0},
 }
 
 

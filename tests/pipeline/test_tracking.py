@@ -75,7 +75,7 @@ def test_an_evaluation_of_val_keeps_its_scores_apart_from_the_training_s(project
     rows = query(project, "SELECT key, step, value FROM metrics")
     held = {(key, step): value for key, step, value in rows}
     assert held["evaluation/mean_iou", 0] == metrics(project)["mean_iou"]
-    assert held["evaluation/baseline.mean_iou", 0] == metrics(project)["baseline"]["mean_iou"]
+    assert held["evaluation/mean_boundary_iou", 0] == metrics(project)["mean_boundary_iou"]
     with (project / "outputs/val.tsv").open() as file:
         table = list(csv.DictReader(file, delimiter="\t"))
     trained = {int(row["iteration"]): float(row["mean_iou"]) for row in table}

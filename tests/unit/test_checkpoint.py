@@ -333,10 +333,10 @@ def test_an_extension_begins_where_the_finished_training_ended(states: Path):
         first.save(saved(made(2, 1), [{"iteration": 2, "train/loss": 1.0}]))
     first.finish()
     with second.locked():
-        second.start_from(first)
+        second.start_from(first, {"params": {"train": {"extend": 3}}})
     assert second.load()["history"] == [{"iteration": 2, "train/loss": 1.0}]
     assert second.load()["checkpoint"]["iteration"] == 2
-    assert (second.folder / "best-1.pt").is_file()
+    assert load_checkpoint(second.folder / "best-1.pt")["params"] == {"train": {"extend": 3}}
     assert not second.finished
 
 
