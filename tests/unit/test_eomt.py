@@ -239,8 +239,8 @@ def test_the_loss_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch) -> No
     chosen = []
     choose = SetLoss._points
 
-    def listen(self: SetLoss, *arguments: Any) -> Tensor:
-        chosen.append(choose(self, *arguments))
+    def listen(self: SetLoss, *arguments: Any, **named: Any) -> Tensor:
+        chosen.append(choose(self, *arguments, **named))
         return chosen[-1]
 
     monkeypatch.setattr(SetLoss, "_points", listen)
@@ -305,7 +305,7 @@ def test_the_loss_by_hand() -> None:
     classes = torch.tensor([[[0.0, 0.0, 0.0, 2.0], [0.0, 3.0, 0.0, 0.0]]], dtype=torch.float64)
     masks = torch.full((1, 2, 4, 4), 1.5, dtype=torch.float64)
     inner = torch.rand(1, 50, 2, dtype=torch.float64) * 0.7 + 0.15
-    loss._points = lambda *_: inner  # type: ignore[method-assign]  # not where zeros lie outside
+    loss._points = lambda *_, **__: inner  # type: ignore[method-assign]  # not where zeros lie outside
     divisors = loss.count(target)
     assert divisors.tolist() == [1.1, 1]
     found = loss([Prediction(classes, masks)], (1.0, 1.0), target, torch.tensor([1]), divisors)

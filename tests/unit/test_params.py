@@ -207,7 +207,7 @@ def test_a_pspnet_refuses_microbatches_of_one_image(tmp_path: Path):
     ("key", "finding"),
     [
         ("pool_scales", "unet has no parameter pool_scales; it belongs to pspnet, upernet"),
-        ("train_points", "unet has no parameter train_points; it belongs to pointrend"),
+        ("train_points", "unet has no parameter train_points; it belongs to eomt, pointrend"),
         ("chanels", "unet has no parameter chanels; did you mean channels?"),
     ],
 )
