@@ -5,14 +5,17 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install repro check test coverage lint ui lock
+.PHONY: install repro check quick test coverage lint ui lock
 
 install: $(INSTALLED)
 
 repro: $(INSTALLED)
 	dvc repro
 
-check: lint
+check: $(INSTALLED)
+	$(MAKE) --jobs 2 --output-sync lint quick
+
+quick: $(INSTALLED)
 	python -m pytest -m "not slow" --durations 5 --durations-min 1
 
 test: $(INSTALLED)

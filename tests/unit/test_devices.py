@@ -78,7 +78,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
 
 
 @pytest.mark.parametrize("head", NETWORKS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_a_step_stays_on_its_device_and_never_waits(
     head: str, precision: str, pretend: Callable[[], None]
 ):
