@@ -59,7 +59,10 @@ AUXILIARY = [head for head in HEADS if head not in ("eomt", "linear")]  # they m
     ("head", "backbone"),
     [
         *HEADS_ON.items(),
-        *product(("pspnet", "unet"), BACKBONES[:-1]),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in product(("pspnet", "unet"), BACKBONES[:-1])
+        ),
         ("upernet", "mit_b0"),
         ("linear", "resnet18"),
     ],

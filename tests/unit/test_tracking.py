@@ -121,6 +121,7 @@ def test_classes_of_any_name_reach_the_store(folder: Path) -> None:
     assert ("val/iou.road", 1) in points(folder)
 
 
+@pytest.mark.slow
 def test_kills_at_any_moment_leave_every_point_once(folder: Path) -> None:
     script = [sys.executable, "-m", "tests.kill_tracker", str(folder)]
     done = subprocess.run(
@@ -144,6 +145,7 @@ def test_another_log_interval_after_a_kill_leaves_no_gap(folder: Path) -> None:
     assert points(folder) == {("train/loss", step): 1 for step in range(4, 13)}
 
 
+@pytest.mark.slow
 def test_a_run_is_asked_for_few_things(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = broken(monkeypatch, "get_metric_history", times=0)
     scores = {f"val/iou.class {number}": 0.5 for number in range(150)}
@@ -160,6 +162,7 @@ def test_a_run_is_asked_for_few_things(folder: Path, monkeypatch: pytest.MonkeyP
     assert len(points(folder)) == 20 * 152
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_delays_the_start_by_seconds(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
