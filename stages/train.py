@@ -195,12 +195,12 @@ def build(
     precision = PRECISIONS[options.precision]
     labels = Labels(len(store.classes), store.ignore_index, store.frequency)
     network = build_model(section, labels)
-    if checkpoint is not None:
+    network.to(device, precision.weights).to(memory_format=torch.channels_last)
+    if checkpoint is not None:  # by now the weights have its type: none of its digits is lost
         fill(network, checkpoint["model"], "the checkpoint to go on from")
     elif options.load_from:
         (path,) = start_files(options)
         load_weights(network, path, options.load_strict, store.classes)
-    network.to(device, precision.weights).to(memory_format=torch.channels_last)
     model = distributed.parallelize(network, device)
     normalize = Normalization(section.mean, section.std, precision=precision, device=device)
     learner = build_learner(model, network, normalize, options)

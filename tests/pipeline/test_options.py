@@ -26,6 +26,7 @@ CHANGES: dict[str, object] = SMALL | {
     "train.validate": True,
     "train.work_dir": "outputs",
     "train.extend": 0,
+    "train.precision": "fp32",
     "train.resume_from": None,
     "model.loss": {"cross_entropy": 1.0},
 }
@@ -108,7 +109,8 @@ def test_every_term_of_the_loss_is_a_curve(project: Path) -> None:
 
 def test_a_finished_training_is_extended_by_one_parameter(project: Path) -> None:
     shutil.rmtree(project / ".dvc/tmp/instep", ignore_errors=True)
-    train(project)
+    precision = {"train.precision": "fp64"}  # every digit of which is to be gone on with
+    train(project, **precision)
     stage(project, "evaluate")
     files = ("checkpoints/last.pt", "checkpoints/best.pt", "train.tsv", "val.tsv")
     results = []
@@ -118,7 +120,7 @@ def test_a_finished_training_is_extended_by_one_parameter(project: Path) -> None
     ):
         if not kept:
             shutil.rmtree(project / ".dvc/tmp/instep")
-        assert said in train(project, **{"train.extend": 3})
+        assert said in train(project, **{"train.extend": 3}, **precision)
         results.append([(project / "outputs" / name).read_bytes() for name in files])
     assert results[0] == results[1]  # whether it goes on or begins anew
     assert list(curve(project / "outputs/train.tsv", "loss")) == [1, 2, 3, 4, 5, 6, 7]
