@@ -108,6 +108,8 @@ def _explain(root: type[Section], finding: Any) -> str:
     match finding["type"]:
         case "extra_forbidden":
             return f"{name}: no such parameter{_nearest(root, finding['loc'])}"
+        case "missing" if isinstance(finding["loc"][-1], int):
+            return f"{name}: missing; the list is too short"
         case "missing":
             return f"{name}: missing; this parameter must stand in the file"
         case "value_error":

@@ -131,9 +131,7 @@ def take_over(params: Params, store: Store, state: State) -> None:
         return
     shorter = options.model_copy(update={"extend": 0})
     other = state_of(params.model_copy(update={"train": shorter}), store)
-    if other.finished:
-        state.start_from(other, describe(params, store))
-    else:
+    if not state.start_from(other, describe(params, store)):
         log.info(
             "the training of %d iterations that train.extend goes on from is not the last one "
             "that was finished here: all %d iterations are trained",
@@ -163,7 +161,7 @@ def starting_point(params: Params, state: State) -> tuple[Checkpoint | None, Pro
         if checkpoint["iteration"] >= options.total:
             raise ValueError(
                 f"train.resume_from: {path} has done {checkpoint['iteration']} iterations; "
-                f"train.iterations {options.total} must be more"
+                f"train.iterations + train.extend, {options.total}, must be more"
             )
         progress = Progress(checkpoint["iteration"])
         progress.means["since"] = progress.iteration

@@ -197,7 +197,7 @@ def _recompute(block: nn.Module, *inputs: Any) -> Tensor:
     Source: https://arxiv.org/abs/1604.06174
     """
     forward = partial(type(block).forward, block)
-    if not (block.training and torch.is_grad_enabled()):
+    if not torch.is_grad_enabled():
         return cast("Tensor", forward(*inputs))
     contexts = partial(_forward_contexts, block)
     result: Tensor = checkpoint(

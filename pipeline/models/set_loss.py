@@ -4,11 +4,11 @@ Source: Mask2Former, https://arxiv.org/abs/2112.01527, after https://arxiv.org/a
 """
 
 import zlib
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,6 +36,12 @@ class SetLossParams(Named):
     train_points: Positive = 12544
     oversample_ratio: float = Field(ge=1, default=3.0)
     importance_ratio: Probability = 0.75
+
+    @model_validator(mode="after")
+    def _has_a_term(self) -> Self:
+        if self.class_weight == self.mask_weight == self.dice_weight == 0:
+            raise ValueError("class_weight, mask_weight and dice_weight are 0; give one of them")
+        return self
 
 
 class Prediction(NamedTuple):

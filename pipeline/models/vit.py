@@ -134,7 +134,10 @@ class ViT(nn.Module):
         EoMT's published weights have them on the grid of the images they were trained with. The
         parameter stays the same object, an optimizer may know it already.
         """
-        if self.pos_embed is not None and positions is not None:
+        if self.pos_embed is None or positions is None:
+            return
+        places = positions.shape[1] if positions.dim() == 3 else 0
+        if positions.shape[2:] == (self.width,) and math.isqrt(places) ** 2 == places > 0:
             self.pos_embed.data = self.pos_embed.data.new_empty(positions.shape)
 
     def _load_from_state_dict(

@@ -110,7 +110,8 @@ def weights_of(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: there are none.
     """
-    return from_mmseg(from_eomt(_as_named_there(content, path)))
+    given = _as_named_there(content, path)
+    return given if is_own(content) else _under_our_names(given)
 
 
 def backbone_weights(path: Path) -> dict[str, Tensor]:
@@ -119,14 +120,19 @@ def backbone_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file can't be read, or holds no weights.
     """
-    given = from_eomt(_as_named_there(read_file(path), path))
+    content = read_file(path)
+    given = weights_of(content, path)
     if not any(name.startswith(BACKBONE) for name in given):
-        given = {BACKBONE + name: weight for name, weight in given.items()}
+        given = _under_our_names({BACKBONE + name: weight for name, weight in given.items()})
     return {
         name.removeprefix(BACKBONE): weight
-        for name, weight in from_mmseg(given).items()
+        for name, weight in given.items()
         if name.startswith(BACKBONE)
     }
+
+
+def _under_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return from_mmseg(from_eomt(weights))
 
 
 def _as_named_there(content: dict[str, Any], path: Path) -> dict[str, Tensor]:

@@ -181,6 +181,10 @@ def restore_optimizer(
     own = [name for group in groups for name in group["param_names"]]
     state = {index: states[name] for index, name in enumerate(own) if name in states}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, held in optimizer.state.items():
+        for name, value in held.items():  # in memory as the parameter is, which a file is not
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                held[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def learning_rate(params: TrainParams, iteration: int, lr_mult: float = 1.0) -> float:

@@ -40,7 +40,8 @@ KEPT_DAYS = 30  # for so long after its last checkpoint an unfinished training c
 LOCK_PATIENCE = 30.0  # seconds: a killed training's last process may need a few to end
 FINISHED = "finished"  # the file that marks the state of the last finished training
 
-# These change where, how fast and how safely a training runs, not its result.
+# These change where, how fast and how safely a training runs, not its result; nor does
+# model.backbone.with_cp.
 # The md5 of the files that a training starts from stands for their names.
 NEUTRAL = {"gpus", "device", "workers", "work_dir", "load_from", "resume_from", "checkpoint"}
 # Of `evaluation`, what the validation during training obeys.
@@ -85,10 +86,11 @@ def result_params(
     evaluation: EvaluationParams,
 ) -> dict[str, Any]:
     """The parameters that change the result of a training, under their names in params.yaml."""
-    options, validation = plain(train), plain(evaluation)
+    options, validation, network = plain(train), plain(evaluation), plain(model)
+    del network["backbone"]["with_cp"]
     return {
         "augmentation": plain(augmentation),
-        "model": plain(model),
+        "model": network,
         "train": {name: value for name, value in options.items() if name not in NEUTRAL},
         "evaluation": {name: validation[name] for name in sorted(VALIDATION)},
     }
@@ -144,7 +146,7 @@ def start_files(params: TrainParams) -> list[Path]:
             f"{main_checkout()}"
         )
     best = path.with_name("best.pt")
-    return [path, best] if params.resume_from and best.is_file() and best != path else [path]
+    return [path, best] if params.resume_from and best.is_file() else [path]
 
 
 class State:
@@ -175,8 +177,9 @@ class State:
         with held:
             if self.finished:  # `dvc repro -f`: this training is to be done anew
                 for path in self.folder.iterdir():
-                    if path.name != "lock":
+                    if path.name not in ("lock", FINISHED):
                         path.unlink()
+                (self.folder / FINISHED).unlink()  # last: a kill before it leaves nothing half done
             self._forget_old_states()
             yield
 
@@ -206,12 +209,21 @@ class State:
                     _remove(path)
             (self.folder / FINISHED).touch()
 
-    def start_from(self, other: "State", description: Description) -> None:
-        """Take over what another training ended with, its curves and its best checkpoint."""
-        saved = other.load()
-        if best := other._best(saved["checkpoint"]):
-            self.save_best(described_anew(load_checkpoint(best), description))
-        self.save(saved)
+    def start_from(self, other: "State", description: Description) -> bool:
+        """Take over what a finished training ended with, its curves and its best checkpoint.
+
+        Says whether it was still there.
+        """
+        if not other.finished:
+            return False
+        with suppress(Timeout), FileLock(other.folder / "lock", blocking=False):
+            if other.finished:
+                saved = other.load()
+                if best := other._best(saved["checkpoint"]):
+                    self.save_best(described_anew(load_checkpoint(best), description))
+                self.save(saved)
+                return True
+        return False
 
     def save(self, saved: Saved) -> None:
         """Keep a checkpoint and the curves up to it, in one step."""

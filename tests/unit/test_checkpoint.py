@@ -333,7 +333,8 @@ def test_an_extension_begins_where_the_finished_training_ended(states: Path):
         first.save(saved(made(2, 1), [{"iteration": 2, "train/loss": 1.0}]))
     first.finish()
     with second.locked():
-        second.start_from(first, {"params": {"train": {"extend": 3}}})
+        assert not second.start_from(State("none"), {})
+        assert second.start_from(first, {"params": {"train": {"extend": 3}}})
     assert second.load()["history"] == [{"iteration": 2, "train/loss": 1.0}]
     assert second.load()["checkpoint"]["iteration"] == 2
     assert load_checkpoint(second.folder / "best-1.pt")["params"] == {"train": {"extend": 3}}
