@@ -137,6 +137,8 @@ def test_resuming_keeps_the_best_checkpoint_that_lies_beside_the_last(project: P
     assert resumed["best"]["mean_iou"] == max(scores.values())
     best = project / "outputs/checkpoints/best.pt"
     assert best.read_bytes() == (project / "kept/best.pt").read_bytes()
+    train(project, **destroyed, **{"train.resume_from": "kept/best.pt"})
+    assert best.read_bytes() == (project / "kept/best.pt").read_bytes()
 
 
 def test_evaluate_takes_as_many_processes_as_were_asked_for_on_the_cpu(

@@ -21,6 +21,7 @@ from pipeline.models.losses import LossParams
 from pipeline.models.network import Labels
 from pipeline.models.set_loss import Prediction, SetLoss, SetLossParams, match
 from pipeline.models.vit import TINY, TINY_SIZES, ViT
+from pipeline.training.checkpoint import fill
 
 KINDS = ("dinov2", "dinov3")
 NAMES = {kind: next(name for name in TINY if name.endswith(kind)) for kind in KINDS}
@@ -635,6 +636,25 @@ def test_depths_and_rates_are_those_of_eomt() -> None:
     assert rates["reg_token"] == rates["blocks.0.gamma_1"] == pytest.approx(0.8**3)
     assert rates["blocks.2.mlp.fc1.bias"] == pytest.approx(0.8)
     assert rates["blocks.3.attn.q_bias"] == rates["norm.bias"] == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1370, 32), (1, 9, 64), (9, 32)])
+def test_positions_that_do_not_fit_are_told(shape: tuple[int, ...]) -> None:
+    network = build("dinov2")
+    weights = dict(network.state_dict())
+    weights["backbone.pos_embed"] = torch.zeros(shape)
+    with pytest.raises(
+        ValueError, match=r"backbone\.pos_embed: .* in the file, \(1, 1369, 32\) in"
+    ):
+        fill(network, weights, "the file")
+    weights["backbone.pos_embed"] = torch.ones(1, 9, 32)  # another grid fits
+    fill(network, weights, "the file")
+    assert network.backbone.pos_embed.shape == (1, 9, 32)
+
+
+def test_a_loss_without_a_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match="class_weight, mask_weight and dice_weight are 0"):
+        EoMTParams(name="eomt", class_weight=0.0, mask_weight=0.0, dice_weight=0.0)
 
 
 def test_the_linear_head_is_dropout_norm_and_a_convolution() -> None:

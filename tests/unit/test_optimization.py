@@ -152,6 +152,22 @@ def test_the_optimizer_is_the_one_asked_for():
     assert adam.defaults["betas"] == (0.8, 0.999)
 
 
+def test_what_an_optimizer_remembers_lies_in_memory_as_its_parameter():
+    model = Network().to(memory_format=torch.channels_last)
+    before = optimizer_of(model, optimizer="adamw")
+    model(torch.randn(2, 3, 5, 5)).square().sum().backward()
+    before.step()
+    saved = before.state_dict()
+    for held in saved["state"].values():  # as a checkpoint holds it
+        held |= {name: value.contiguous() for name, value in held.items()}
+    after = optimizer_of(model, optimizer="adamw")
+    restore_optimizer(after, saved, model)
+    for parameter in model.parameters():
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert after.state[parameter][name].stride() == parameter.stride()
+            assert torch.equal(after.state[parameter][name], before.state[parameter][name])
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_every_parameter_keeps_its_momentum_when_the_groups_change(named: bool):
     model = Network()

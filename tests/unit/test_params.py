@@ -92,6 +92,11 @@ def test_an_unknown_name_is_answered_with_the_nearest_valid_one(
         ("train.workers", -1, "train.workers: -1 should be greater than or equal to 0"),
         ("train.lr", math.inf, "train.lr: Infinity should be a finite number"),
         ("augmentation.flip.vertical", 1.5, "augmentation.flip.vertical: 1.5 should be less"),
+        (
+            "augmentation.crop_size",
+            [64],
+            "augmentation.crop_size.1: missing; the list is too short",
+        ),
         ("augmentation.crop_size", [64, 0], "augmentation.crop_size.1: 0 should be greater"),
         ("augmentation.ratio_range", [2.0, 0.5], "augmentation.ratio_range: must be [low, high]"),
         ("model.head.name", "segnet", "model.head: name 'segnet' is unknown; did you mean"),

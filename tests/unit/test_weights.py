@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.models.weights import Unread, backbone_weights, read_file
+from pipeline.models.weights import Unread, backbone_weights, read_file, weights_of
 from pipeline.training.checkpoint import build_checkpoint, load_weights, save
 
 # Saved by mmengine 0.10.7 after four iterations of a network with these two layers and two heads:
@@ -181,6 +181,17 @@ def test_pretrained_takes_the_same_files(form: str, tmp_path: Path):
     found = backbone_weights(path)
     assert found.keys() == own.keys()
     assert all(torch.equal(found[name], weight) for name, weight in own.items())
+
+
+def test_a_checkpoint_of_this_tool_keeps_its_names_and_shapes(tmp_path: Path):
+    # An encoder may have 1x1 convolutions where those of MMSegmentation's names are linear layers.
+    weights = {"backbone.blocks.0.mlp.fc1.weight": torch.zeros(8, 4, 1, 1)}
+    states = {"model": weights, "optimizer": {}}
+    save(build_checkpoint(states, 1, None, {"params": {}}), tmp_path / "own.pt")
+    found = weights_of(read_file(tmp_path / "own.pt"), tmp_path / "own.pt")
+    assert {name: tuple(weight.shape) for name, weight in found.items()} == {
+        "backbone.blocks.0.mlp.fc1.weight": (8, 4, 1, 1)
+    }
 
 
 def test_an_auxiliary_head_and_the_counts_of_batches_are_not_needed(tmp_path: Path):
