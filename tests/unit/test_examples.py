@@ -38,9 +38,9 @@ grey, colour = drawn(grayscale=1.0), drawn()
 assert (grey == grey[..., :1]).all() and not (colour == colour[..., :1]).all()
 assert abs(colour @ [0.299, 0.587, 0.114] - grey[..., 0]).max() < 1
 
-logits = torch.tensor([0.6, 0.3, 0.1]).log().view(1, 3, 1, 1).expand(1, 3, 1, 2)
+logits = torch.tensor([0.6, 0.3, 0.1]).log().view(1, 3, 1, 1).expand(1, 3, 1, 3)
 criterion = Criterion(LossParams(brier=2.0), [1 / 3] * 3, 255)
-labels = torch.tensor([[[1, 255]]], dtype=torch.uint8)
+labels = torch.tensor([[[1, 1, 255]]], dtype=torch.uint8)  # divided by the valid pixels
 (term,) = criterion(logits, labels, criterion.count(labels)).values()
 assert math.isclose(term.item(), 2 * (0.6**2 + 0.7**2 + 0.1**2), rel_tol=1e-6)
 """
