@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 log = logging.getLogger("instep")
-Entry = dict[str, Any]
+HistoryEntry = dict[str, Any]
 
 DVC_TAGS = {"dvc.exp_name": "DVC_EXP_NAME", "dvc.baseline_rev": "DVC_EXP_BASELINE_REV"}
 EVALUATION_TAG = "evaluation"  # the fingerprint of the evaluation whose scores a run holds
@@ -63,7 +63,7 @@ class Tracker:
 
     run_id: str | None = None
 
-    def log(self, entry: Entry) -> None:
+    def log(self, entry: HistoryEntry) -> None:
         """Send {"iteration": step, <metric>: value, ...} soon; values of None are left out."""
 
     def log_artifacts(self, paths: Iterable[Path], folder: str) -> None:
@@ -107,7 +107,7 @@ class MlflowTracker(Tracker):
         self._thread = threading.Thread(target=self._tell_all, name="mlflow", daemon=True)
         self._thread.start()
 
-    def log(self, entry: Entry) -> None:
+    def log(self, entry: HistoryEntry) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)

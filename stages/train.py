@@ -66,7 +66,7 @@ def run(params: Params, device: torch.device) -> None:
     with state.locked() if first else nullcontext():
         if first:
             open_log(Path(options.work_dir), state)
-            take_over(params, store, state)
+            begin_extension(params, store, state)
         else:
             log.setLevel(logging.ERROR)  # the first process says it for all
         distributed.barrier()
@@ -124,7 +124,7 @@ def state_of(params: Params, store: Store) -> State:
     return State(train_fingerprint(result_of(params), params.train, store.md5))
 
 
-def take_over(params: Params, store: Store, state: State) -> None:
+def begin_extension(params: Params, store: Store, state: State) -> None:
     """Begin an extension where the training that it extends ended, if that is still there."""
     options = params.train
     if not options.extend or state.exists:

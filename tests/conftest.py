@@ -1,6 +1,8 @@
 """Tests run side by side: more threads than cores would only wait for each other."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,3 +17,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
     for item in items:
         if any(item.path.is_relative_to(folder) for folder in SLOW_FOLDERS):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for the tests of one file, gone after them: checkpoints would fill the disk."""
+    path = tmp_path_factory.mktemp("shared")
+    yield path
+    shutil.rmtree(path)

@@ -1,6 +1,6 @@
 """Networks by the name of their head. A new head is a file beside this one and a line in HEADS."""
 
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from pydantic import SerializeAsAny, field_validator, model_validator
 
@@ -21,7 +21,27 @@ from pipeline.models.unet import UNetHead
 from pipeline.models.upernet import UPerHead
 from pipeline.params import Above0, Named, Section, choose
 
-HEADS: dict[str, Any] = {
+
+class Architecture(Protocol):
+    """What a class must have to stand in HEADS. A `Head` inherits all of it but `Params`."""
+
+    @property
+    def Params(self) -> type[Named]:  # noqa: N802 - it is a class
+        """What configures it: the section `model.head`."""
+
+    def check(self, head: Any, backbone: BackboneParams, loss: LossParams | None) -> None:
+        """Raise a ValueError that names the key and the rule where sections don't fit together."""
+
+    def check_batch(self, head: Any, microbatch: int, crop_size: tuple[int, int]) -> None:
+        """Raise a ValueError that names the parameter for a batch that nothing is learned from."""
+
+    def build(
+        self, head: Any, backbone: BackboneParams, loss: LossParams | None, labels: Labels
+    ) -> Network:
+        """The network of these sections; raises a ValueError where weights can't be had."""
+
+
+HEADS: dict[str, Architecture] = {
     "deeplabv3": DeepLabV3Head,
     "deeplabv3plus": DeepLabV3PlusHead,
     "eomt": EoMT,
@@ -64,7 +84,7 @@ class ModelParams(Section):
         return self
 
 
-def head_of(head: Named) -> Any:
+def head_of(head: Named) -> Architecture:
     """The class that a section `model.head` chooses."""
     return LibraryModel if head.name.startswith(LIBRARY) else HEADS[head.name]
 
@@ -76,5 +96,4 @@ def build_model(model: ModelParams, labels: Labels) -> Network:
         ValueError: the pretrained weights can't be had or don't fit, or the library has no such
             network.
     """
-    network: Network = head_of(model.head).build(model.head, model.backbone, model.loss, labels)
-    return network
+    return head_of(model.head).build(model.head, model.backbone, model.loss, labels)

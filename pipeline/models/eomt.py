@@ -111,7 +111,7 @@ class EoMT(Network):
         if backbone.rope is not None:  # queries have no place to be rotated by
             for block in backbone.blocks[-params.num_blocks :]:
                 block.attn.num_prefix_tokens += params.num_queries
-        self.finish()
+        self.key_draws()
 
     @classmethod
     def check(cls, head: EoMTParams, backbone: BackboneParams, loss: LossParams | None) -> None:

@@ -76,6 +76,14 @@ def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
+def padded(x: Tensor, multiple: int) -> Tensor:
+    """Zeros at the bottom and the right, until `multiple` divides both sides: (N,C,H,W)."""
+    height, width = x.shape[2:]
+    if height % multiple == width % multiple == 0:
+        return x
+    return F.pad(x, (0, -width % multiple, 0, -height % multiple))
+
+
 def average_pool(x: Tensor, bins: int) -> Tensor:
     """Adaptive average pooling, (N,C,H,W) -> (N,C,bins,bins).
 

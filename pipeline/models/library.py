@@ -25,7 +25,7 @@ class LibraryModel(MapNetwork):
     def __init__(self, network: nn.Module, loss: LossParams | None, labels: Labels) -> None:
         super().__init__(loss, labels)
         self.network = network
-        self.finish()
+        self.key_draws()
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override]

@@ -25,9 +25,9 @@ class LinearHead(Classifier):
         self.norm = nn.BatchNorm2d(widths[-1])
 
     def forward(self, features: list[Tensor]) -> list[Output]:
-        return [Output(self.conv_seg(self.decode([self.dropout(features[-1])])))]
+        return [Output(self.conv_seg(self.decode(features)))]
 
     def decode(self, features: list[Tensor]) -> Tensor:
-        """The coarsest features, normalised."""
-        normalised: Tensor = self.norm(features[-1])
+        """The coarsest features, normalised after dropout."""
+        normalised: Tensor = self.norm(self.dropout(features[-1]))
         return normalised

@@ -111,6 +111,12 @@ class Criterion(nn.Module):
         pixels = self.counts[:, target.long()].double().flatten(1).sum(dim=1)
         return torch.cat([pixels, pixels.new_full((1,), len(target))])
 
+    @staticmethod
+    def divisors_of_points(divisors: Tensor, points: int) -> Tensor:
+        """The divisors where `points` of each image are learned from, labelled or not."""
+        images = divisors[2]
+        return torch.stack([images * points, images * points, images])
+
     def forward(self, logits: Tensor, target: Tensor, divisors: Tensor) -> dict[str, Tensor]:
         """This batch's part in each term of the global one, whose counts are `divisors`.
 

@@ -30,14 +30,14 @@ class Network(nn.Module, ABC):
     them the `losses`. An evaluation asks for the outputs and their `scores`. What the outputs are
     concerns nobody but the network itself.
 
-    A subclass has its encoder in the attribute `backbone`, and calls `finish` once all of its
+    A subclass has its encoder in the attribute `backbone`, and calls `key_draws` once all of its
     layers exist.
     """
 
     backbone: nn.Module
     keyed: list[Keyed]
 
-    def finish(self) -> None:
+    def key_draws(self) -> None:
         """Replace random layers by keyed ones, whose draws do not depend on the number of ranks.
 
         Raises:

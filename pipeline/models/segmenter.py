@@ -5,11 +5,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.models.backbones import BackboneParams, build_backbone
 from pipeline.models.keyed import KeyedDropout
-from pipeline.models.layers import ConvModule, resize
+from pipeline.models.layers import ConvModule, padded, resize
 from pipeline.models.losses import Criterion, LossParams, labels_at
 from pipeline.models.network import Labels, Network
 from pipeline.params import AtLeast0, Fraction, Named
@@ -44,9 +43,7 @@ class MapNetwork(Network):
 
     def forward(self, images: Tensor, keys: Tensor | None = None) -> list[Output]:
         """Normalised images (N,3,H,W) -> in training all there is to learn from, else the map."""
-        height, width = images.shape[2:]
-        padding = (0, -width % self.multiple, 0, -height % self.multiple)
-        outputs: list[Output] = super().forward(F.pad(images, padding), keys)
+        outputs: list[Output] = super().forward(padded(images, self.multiple), keys)
         return outputs
 
     def count(self, target: Tensor) -> Tensor:
@@ -61,8 +58,7 @@ class MapNetwork(Network):
                 logits, labels, counts = self._whole(output.logits, target.shape), target, divisors
             else:  # as many points in every image, labelled or not
                 logits, labels = output.logits, labels_at(target, output.points)
-                points = divisors[2] * labels.shape[1]
-                counts = torch.stack([points, points, divisors[2]])
+                counts = self.criterion.divisors_of_points(divisors, labels.shape[1])
             for name, term in self.criterion(logits, labels, counts).items():
                 terms[output.name + name] = output.weight * term
         return terms
@@ -100,14 +96,13 @@ class Head(nn.Module, ABC):
 
     A head is built from the channels of its features, the number of classes and an instance of its
     own `Params`, the section that configures it. `levels` is how many of the coarsest features it
-    reads.
+    reads. `neck`, where there is one, is built from the channels of the features and makes other
+    features of them.
     """
 
     Params: ClassVar[type[HeadParams]] = HeadParams
     levels: ClassVar[int] = 1
-    neck: ClassVar[Any] = (
-        None  # what makes features of features, from their channels; None: nothing
-    )
+    neck: ClassVar[Any] = None
 
     @abstractmethod
     def forward(self, features: list[Tensor]) -> list[Output]:
@@ -211,7 +206,7 @@ class Segmenter(MapNetwork):
         self.aux_weight = params.aux_weight
         auxiliary = params.aux_weight > 0
         self.auxiliary_head = AuxiliaryHead(widths, classes, params) if auxiliary else None
-        self.finish()
+        self.key_draws()
 
     def outputs(self, images: Tensor) -> list[Output]:
         features = [images, *self.backbone(images)]

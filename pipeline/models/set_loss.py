@@ -102,10 +102,14 @@ class SetLoss:
             for prediction in predictions
         ]
         with torch.autocast(target.device.type, enabled=False):
-            matches = self._match(exact, extent, target, keys)
+            present = self._present(target)
+            matches = self._match(exact, extent, target, keys, present=present)
+            known = present.any(dim=1)
             sums = torch.stack(
                 [
-                    self._sums(prediction, match, extent, target, keys=keys, number=number)
+                    self._sums(
+                        prediction, match, extent, target, keys=keys, known=known, number=number
+                    )
                     for number, (prediction, match) in enumerate(zip(exact, matches, strict=True))
                 ]
             ).sum(dim=0)
@@ -128,6 +132,7 @@ class SetLoss:
         extent: tuple[float, float],
         target: Tensor,
         keys: Tensor,
+        present: Tensor,
     ) -> Tensor:
         """The cheapest matches, as rows of image, query and class, (predictions, matches, 3).
 
@@ -139,7 +144,7 @@ class SetLoss:
         classes = torch.arange(self.num_classes, device=target.device).expand(len(target), -1)
         labelled = self._labelled(target, images, points, classes)
         costs = torch.stack([self._cost(p, extent, points, labelled) for p in predictions])
-        absent = ~self._present(target)[None, :, None]
+        absent = ~present[None, :, None]
         costs = costs.nan_to_num(nan=1e9, posinf=1e9, neginf=-1e9).masked_fill(absent, torch.inf)
         return match(costs.cpu()).to(target.device)  # the only time that the device is waited for
 
@@ -172,11 +177,11 @@ class SetLoss:
         extent: tuple[float, float],
         target: Tensor,
         keys: Tensor,
+        known: Tensor,
         number: int,
     ) -> Tensor:
         """Cross entropy of the classes, of the masks, and dice, each summed over queries, (3,)."""
         images, queries, classes = match.unbind(dim=1)
-        known = self._present(target).any(dim=1)
         labels = torch.where(known, self.num_classes, NOTHING)[:, None]
         labels = labels.repeat(1, self.num_queries)
         labels[images, queries] = classes

@@ -15,6 +15,8 @@ from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.models.layers import padded
+
 PATCH = 16  # the side of a patch in pixels
 GRID = 37  # patches along a side of the images that DINOv2 has learned its positions from
 DINOV2 = tuple(f"vit_{size}_patch14_reg4_dinov2" for size in ("small", "base", "large", "giant"))
@@ -80,8 +82,7 @@ class ViT(nn.Module):
         (N,3,H,W) -> (N, prefix tokens + patches, width): class, registers, then patches in rows.
         Images are padded at the bottom and the right, by zeros.
         """
-        height, width = images.shape[2:]
-        x = self.patch_embed.proj(F.pad(images, (0, -width % PATCH, 0, -height % PATCH)))
+        x = self.patch_embed.proj(padded(images, PATCH))
         grid = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2)
         if self.pos_embed is not None:

@@ -110,8 +110,9 @@ def weights_of(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: there are none.
     """
-    given = _as_named_there(content, path)
-    return given if is_own(content) else _under_our_names(given)
+    if is_own(content):
+        return averaged(content)
+    return _under_our_names(_as_named_there(content, path))
 
 
 def backbone_weights(path: Path) -> dict[str, Tensor]:
@@ -136,15 +137,13 @@ def _under_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _as_named_there(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """The weights in the content of a file, under the names that they have there.
+    """The weights in the content of another tool's file, under the names that they have there.
 
     Of averaged weights (EMA) of MMSegmentation these are the ones that its test.py measures, those
     of `state_dict` itself: mmengine's hook has put the averages there and the others into
     `ema_state_dict`; mmcv's hook keeps the other copy beside each parameter, as `ema_a_b` of `a.b`.
     Sources: mmengine/hooks/ema_hook.py (0.10.7), mmcv/runner/hooks/ema.py (1.x).
     """
-    if is_own(content):
-        return averaged(content)
     given = content.get("state_dict", content)
     bare = given is content
     if not isinstance(given, dict) or (bare and not all(map(_is_weight, given.items()))):

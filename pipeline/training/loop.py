@@ -22,7 +22,7 @@ from pipeline.training.checkpoint import Best, Description, build_checkpoint
 from pipeline.training.optimization import Learner
 from pipeline.training.params import TrainParams
 from pipeline.training.speed import Stopwatch
-from pipeline.training.state import Entry, Means, Saved, State
+from pipeline.training.state import HistoryEntry, Means, Saved, State
 
 log = logging.getLogger("instep")
 
@@ -48,7 +48,7 @@ class Progress:
 
     iteration: int = 0
     best: Best | None = None
-    history: list[Entry] = field(default_factory=list)
+    history: list[HistoryEntry] = field(default_factory=list)
     means: Means = field(default_factory=lambda: Means(since=0, sums={}))
 
 
@@ -63,7 +63,7 @@ def train(
     intervals: Intervals,
     state: State,
     description: Description,
-    track: Callable[[Entry], None],
+    track: Callable[[HistoryEntry], None],
 ) -> None:
     """Train from progress.iteration to the end; leave the last checkpoint in `state`.
 
@@ -98,12 +98,12 @@ def train(
         logged = ended or progress.iteration % intervals.log == 0
         validated = options.validation and (ended or progress.iteration % intervals.validate == 0)
         saved = ended or validated or progress.iteration % intervals.save == 0
-        entry: Entry = {"iteration": progress.iteration}
+        entry: HistoryEntry = {"iteration": progress.iteration}
         if logged or saved:
-            add_up(progress.means, recent)
+            collect_terms(progress.means, recent)
         if logged:
-            entry |= point(progress) | {"train/lr": lr} | watch.read()
-            bar.set_postfix_str(line(entry, ", "))
+            entry |= mean_terms(progress) | {"train/lr": lr} | watch.read()
+            bar.set_postfix_str(summary_line(entry, ", "))
         improved = False
         if validated:
             watch.pause()
@@ -117,12 +117,12 @@ def train(
         if (logged or validated) and main:
             progress.history.append(entry)
             track(entry)
-            log.info("%s", line(entry, "  "))
+            log.info("%s", summary_line(entry, "  "))
         if saved and main:
-            keep(learner, progress, state, description, improved=improved)
+            save_progress(learner, progress, state, description, improved=improved)
         watch.waiting()
     if main and options.total == 0:  # the weights as they were loaded
-        keep(learner, progress, state, description, improved=False)
+        save_progress(learner, progress, state, description, improved=False)
     bar.close()
 
 
@@ -152,7 +152,7 @@ def train_step(learner: Learner, batch: Batch, accumulation: int) -> dict[str, T
     return terms
 
 
-def add_up(means: Means, recent: dict[str, Tensor]) -> None:
+def collect_terms(means: Means, recent: dict[str, Tensor]) -> None:
     """Move the sums of recent steps, of all ranks, into `means`.
 
     Before every saved state, too: so that the order of the additions, and with it the last bit of a
@@ -164,7 +164,7 @@ def add_up(means: Means, recent: dict[str, Tensor]) -> None:
     recent.clear()
 
 
-def point(progress: Progress) -> Entry:
+def mean_terms(progress: Progress) -> HistoryEntry:
     """The mean of each term of the loss since the last point, and of their sum; starts anew."""
     steps = progress.iteration - progress.means["since"]
     terms = {name: total / steps for name, total in progress.means["sums"].items()}
@@ -173,7 +173,7 @@ def point(progress: Progress) -> Entry:
     return {"train/loss": sum(terms.values())} | named
 
 
-def validate(predictor: Predictor, split: Split, labels: Description) -> Entry:
+def validate(predictor: Predictor, split: Split, labels: Description) -> HistoryEntry:
     """The scores on a split, for the history."""
     classes, ignore_index = labels["classes"], labels["ignore_index"]
     confusion, *_ = evaluate(predictor, split, len(classes), ignore_index)
@@ -181,7 +181,7 @@ def validate(predictor: Predictor, split: Split, labels: Description) -> Entry:
     return {f"val/{name}": value for name, value in scores.items()}
 
 
-def keep(
+def save_progress(
     learner: Learner, progress: Progress, state: State, description: Description, *, improved: bool
 ) -> None:
     """Save what a killed training goes on from, and the best checkpoint where this is it."""
@@ -192,7 +192,7 @@ def keep(
     state.save(Saved(format=FORMAT, checkpoint=checkpoint, history=history, means=means))
 
 
-def line(entry: Entry, separator: str) -> str:
+def summary_line(entry: HistoryEntry, separator: str) -> str:
     """The entry for a reader: without the terms of the loss and the scores of single classes."""
     texts = []
     for name, value in entry.items():

@@ -93,11 +93,13 @@ class TrainParams(Section):
     @model_validator(mode="after")
     def _batch_is_divisible(self) -> Self:
         share = self.gpus * self.accumulation
-        if self.batch_size % share:
+        if rest := self.batch_size % share:
+            lower = self.batch_size - rest
+            near = f"{lower} or {lower + share}" if lower else str(share)
             raise ValueError(
                 f"batch_size {self.batch_size} is the batch of all processes together; it must be "
                 f"divisible by gpus x accumulation = {self.gpus} x {self.accumulation}; "
-                f"use {multiples_near(self.batch_size, share)}"
+                f"use {near}"
             )
         return self
 
@@ -106,9 +108,3 @@ class TrainParams(Section):
         if self.resume_from and self.load_from:
             raise ValueError("resume_from and load_from exclude each other; set one of them null")
         return self
-
-
-def multiples_near(number: int, divisor: int) -> str:
-    """The multiples of a divisor on both sides of a number, in words."""
-    lower, upper = number // divisor * divisor, -(-number // divisor) * divisor
-    return f"{lower} or {upper}" if lower else f"{upper}"

@@ -34,7 +34,7 @@ from pipeline.yaml12 import read_yaml
 
 log = logging.getLogger("instep")
 
-Entry = dict[str, Any]  # of the history: {"iteration": i, <metric>: value, ...}
+HistoryEntry = dict[str, Any]  # of the history: {"iteration": i, <metric>: value, ...}
 
 KEPT_DAYS = 30  # for so long after its last checkpoint an unfinished training can be gone on with
 LOCK_PATIENCE = 30.0  # seconds: a killed training's last process may need a few to end
@@ -63,7 +63,7 @@ class Saved(TypedDict):
 
     format: int
     checkpoint: Checkpoint
-    history: list[Entry]
+    history: list[HistoryEntry]
     means: Means
 
 

@@ -12,8 +12,8 @@ from tests.project import dvc, make_project, query
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_project(tmp_path_factory.mktemp("exp"), {"train": 10, "val": 3, "test": 3})
+def project(folder: Path) -> Path:
+    return make_project(folder, {"train": 10, "val": 3, "test": 3})
 
 
 def tags(project: Path, key: str) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.disk import file_md5
 from tests.project import NETWORKS, dvc, environment, make_project, query, set_params
 
 ITERATIONS = 120
@@ -65,12 +66,10 @@ def curves(project: Path) -> dict[tuple[str, int], float]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    project = make_project(
-        tmp_path_factory.mktemp("whole"), {"train": 10, "val": 3, "test": 3}, **CHANGES
-    )
-    dvc(project, "repro")
-    return project
+def uninterrupted(folder: Path) -> Path:
+    make_project(folder, {"train": 10, "val": 3, "test": 3}, **CHANGES)
+    dvc(folder, "repro")
+    return folder
 
 
 def test_five_kills_change_nothing(uninterrupted: Path, tmp_path: Path) -> None:
@@ -91,8 +90,8 @@ def test_five_kills_change_nothing(uninterrupted: Path, tmp_path: Path) -> None:
     assert continued == sorted(set(continued))
 
     for name in ("checkpoints/last.pt", "checkpoints/best.pt", "train.tsv", "val.tsv"):
-        whole = (uninterrupted / "outputs" / name).read_bytes()
-        assert (project / "outputs" / name).read_bytes() == whole, name
+        whole = file_md5(uninterrupted / "outputs" / name)
+        assert file_md5(project / "outputs" / name) == whole, name
     assert query(project, "SELECT status FROM runs") == [("FINISHED",)]
     assert curves(project) == curves(uninterrupted)
     assert len(curves(project)) > 2 * ITERATIONS
@@ -114,8 +113,8 @@ def test_a_killed_experiment_goes_on_in_another_workspace(
     assert curves(project) == curves(uninterrupted)
     dvc(project, "exp", "apply", "again")
     for name in ("last.pt", "best.pt"):
-        whole = (uninterrupted / "outputs/checkpoints" / name).read_bytes()
-        assert (project / "outputs/checkpoints" / name).read_bytes() == whole
+        whole = file_md5(uninterrupted / "outputs/checkpoints" / name)
+        assert file_md5(project / "outputs/checkpoints" / name) == whole
 
 
 @pytest.mark.parametrize("network", ["pointrend", "segformer", "eomt"])
@@ -136,7 +135,7 @@ def test_kills_change_nothing_for_other_networks(network: str, tmp_path: Path) -
     log = (killed / "outputs/train.log").read_text()
     assert len(re.findall(r"continuing at iteration \d+", log)) == 2
     for name in ("checkpoints/last.pt", "checkpoints/best.pt", "train.tsv", "val.tsv"):
-        assert (killed / "outputs" / name).read_bytes() == (whole / "outputs" / name).read_bytes()
+        assert file_md5(killed / "outputs" / name) == file_md5(whole / "outputs" / name), name
 
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])  # DVC starts a stage by $SHELL
@@ -156,15 +155,15 @@ def test_killing_dvc_alone_leaves_no_process(tmp_path: Path, shell: str) -> None
 
 
 def test_repro_with_force_trains_anew(uninterrupted: Path) -> None:
-    before = (uninterrupted / "outputs/checkpoints/last.pt").read_bytes()
+    before = file_md5(uninterrupted / "outputs/checkpoints/last.pt")
     set_params(uninterrupted, {"train.iterations": 4, "train.schedule.warmup_iters": 0})
     dvc(uninterrupted, "repro")
     dvc(uninterrupted, "repro", "--force", "train")
     log = uninterrupted / "outputs/train.log"
     assert "continuing" not in log.read_text()
-    weights = (uninterrupted / "outputs/checkpoints/last.pt").read_bytes()
+    weights = file_md5(uninterrupted / "outputs/checkpoints/last.pt")
     assert weights != before
     # Without the evaluation the finished state is still there: as after a kill before DVC's commit.
     dvc(uninterrupted, "repro", "--force", "train")
     assert "continuing at iteration 4" in log.read_text()
-    assert (uninterrupted / "outputs/checkpoints/last.pt").read_bytes() == weights
+    assert file_md5(uninterrupted / "outputs/checkpoints/last.pt") == weights

@@ -34,10 +34,8 @@ CHANGES: dict[str, object] = SMALL | {
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_project(
-        tmp_path_factory.mktemp("options"), {"train": 8, "val": 3, "test": 3}, **CHANGES
-    )
+def project(folder: Path) -> Path:
+    make_project(folder, {"train": 8, "val": 3, "test": 3}, **CHANGES)
     stage(folder, "prepare")
     return folder
 

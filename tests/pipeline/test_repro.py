@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.disk import file_md5
 from pipeline.yaml12 import read_yaml
 from tests.project import dvc, make_project, metrics, query, run, set_params
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_project(tmp_path_factory.mktemp("repro"), {"train": 24, "val": 8, "test": 8})
+def project(folder: Path) -> Path:
+    make_project(folder, {"train": 24, "val": 8, "test": 8})
     dvc(folder, "repro")
     return folder
 
@@ -94,8 +95,8 @@ def test_every_number_leads_back(project: Path) -> None:
     assert {step for name, step in logged if name == "val/mean_iou"} == {4, 8}
     assert logged["evaluation/mean_iou", 0] == metrics(project)["mean_iou"]
     artifacts = project / "mlartifacts" / run_id / "artifacts"
-    weights = (artifacts / "checkpoints/best.pt").read_bytes()
-    assert weights == (project / "outputs/checkpoints/best.pt").read_bytes()
+    weights = file_md5(artifacts / "checkpoints/best.pt")
+    assert weights == file_md5(project / "outputs/checkpoints/best.pt")
     assert list(artifacts.glob("evaluation/overlays/*.png"))
 
 
@@ -149,7 +150,7 @@ def test_another_evaluation_is_another_run(project: Path) -> None:
 
 def test_bad_parameters_and_bad_data_stop_before_the_training(project: Path) -> None:
     weights = project / "outputs/checkpoints/last.pt"
-    before = weights.read_bytes()
+    before = file_md5(weights)
     set_params(project, {"train.gpus": "two"})
     said = dvc(project, "repro", check=False)
     assert "train.gpus" in said
@@ -162,7 +163,7 @@ def test_bad_parameters_and_bad_data_stop_before_the_training(project: Path) -> 
     assert "Running stage 'train'" not in said
     target.write_bytes(original)
     dvc(project, "repro")
-    assert weights.read_bytes() == before
+    assert file_md5(weights) == before
 
 
 def test_training_goes_on_from_a_checkpoint_or_starts_from_its_weights(project: Path) -> None:

@@ -63,10 +63,10 @@ def stage_of(process: "subprocess.Popen[bytes]") -> psutil.Process:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(folder: Path) -> Path:
     """A finished training, measured on the split that it was validated on, in another way."""
     changes = {"evaluation.split": "val", "evaluation.flip": True, "evaluation.scales": [1.0, 1.5]}
-    folder = make_project(tmp_path_factory.mktemp("val"), COUNTS, **changes)
+    make_project(folder, COUNTS, **changes)
     dvc(folder, "repro")
     return folder
 

@@ -19,7 +19,7 @@ from pipeline.disk import FORMAT, write_atomically
 from pipeline.models.weights import read_file
 from pipeline.training import state as state_module
 from pipeline.training.checkpoint import Checkpoint, build_checkpoint, fill, load_checkpoint, save
-from pipeline.training.state import KEPT_DAYS, Entry, Means, Saved, State
+from pipeline.training.state import KEPT_DAYS, HistoryEntry, Means, Saved, State
 
 
 def trained(optimizer: type = torch.optim.AdamW) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -184,7 +184,7 @@ def made(iteration: int, best: int | None) -> dict:
     return checkpoint_of(*trained(), iteration, {"best": score, "params": {}})
 
 
-def saved(checkpoint: Checkpoint, history: list[Entry] | None = None) -> Saved:
+def saved(checkpoint: Checkpoint, history: list[HistoryEntry] | None = None) -> Saved:
     means = Means(since=1, sums={"a": 0.5})
     return Saved(format=FORMAT, checkpoint=checkpoint, history=history or [], means=means)
 

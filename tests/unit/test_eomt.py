@@ -265,7 +265,9 @@ def test_the_cost_of_a_match_is_that_of_transformers(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "rand", lambda *_, **__: next(drawn))
     masks, classes = masks_of(target)
     reference = matcher(prediction.masks, prediction.classes, masks, classes)
-    rows = network.loss._match([prediction], (1.0, 1.0), target, keys)[0]
+    rows = network.loss._match(
+        [prediction], (1.0, 1.0), target, keys, present=network.loss._present(target)
+    )[0]
     for image, (queries, places) in enumerate(reference):
         own = rows[rows[:, 0] == image]
         assert own[:, 1].tolist() == queries.tolist()
