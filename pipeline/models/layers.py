@@ -94,6 +94,17 @@ def average_pool(x: Tensor, bins: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+def bilinear_weights(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(new, old): row i holds the weights of the old places in the new one, as `resize` has them.
+
+    So `rows @ x @ columns.T` resizes (N,C,h,w), and a part of the rows gives a part of the result.
+    """
+    with torch.inference_mode(mode=False):  # what is kept must serve in training too
+        lines = torch.eye(old, dtype=torch.float64).view(1, old, 1, old)
+        return resize(lines, (1, new))[0, :, 0].T.contiguous().to(device, dtype)
+
+
+@lru_cache(maxsize=64)
 def _bin_weights(side: int, bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(bins, side): row i averages the positions from floor(i*side/bins) to ceil of the next."""
     with torch.inference_mode(mode=False):  # what is kept must serve in training too
