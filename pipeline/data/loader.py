@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pipeline.data.store import Split
+from pipeline.data.store import Array, Split
 from pipeline.data.transforms import AugmentationParams, augment
 
 # Independent streams of the seed.
@@ -21,7 +21,7 @@ ORDER, AUGMENTATION, MODEL = range(3)
 
 
 class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Sample number -> image (3,h,w) uint8, target (h,w) uint8 and key () int64."""
+    """Sample number -> image (h,w,3) uint8, target (h,w) uint8 and key () int64."""
 
     def __init__(
         self,
@@ -56,8 +56,8 @@ class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
         )
         (key,) = np.random.SeedSequence((self.seed, MODEL, number)).generate_state(1, np.uint64)
         return (
-            torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
-            torch.from_numpy(np.array(target)),
+            torch.from_numpy(_own(image)),
+            torch.from_numpy(_own(target)),
             torch.tensor(int(key >> 1)),  # a torch integer has 63 bits
         )
 
@@ -78,6 +78,11 @@ class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         rng = np.random.default_rng((self.seed, ORDER, epoch))
         return rng.permutation(len(self.split))
+
+
+def _own(pixels: Array) -> Array:
+    """The pixels one after another, in memory that may be written to: views of files may not."""
+    return np.require(pixels, requirements=["C", "W"])
 
 
 def rare_class_shares(pixels: Sequence[int], temperature: float) -> NDArray[np.float64]:
@@ -134,7 +139,7 @@ class RankBatches(Sampler[list[int]]):
 def build_loader(
     samples: Samples, batches: RankBatches, workers: int, pin_memory: bool
 ) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of images (n,3,h,w) uint8, targets (n,h,w) uint8 and keys (n,) int64."""
+    """Batches of images (n,h,w,3) uint8, targets (n,h,w) uint8 and keys (n,) int64."""
     return DataLoader(
         samples,
         batch_sampler=batches,

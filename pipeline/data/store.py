@@ -73,7 +73,8 @@ class Split:
         """Image (H,W,3) and target (H,W), uint8 views of the file."""
         entry = self.entries[index]
         if entry.shard not in self._shards:
-            self._shards[entry.shard] = np.memmap(self.folder / entry.shard, np.uint8, "r")
+            mapped = np.memmap(self.folder / entry.shard, np.uint8, "r")
+            self._shards[entry.shard] = np.asarray(mapped)  # whose slices cost less
         pixels = entry.height * entry.width
         data = self._shards[entry.shard][entry.offset : entry.offset + 4 * pixels]
         return (

@@ -48,7 +48,11 @@ class AugmentationParams(Section):
 
 
 class Window(NamedTuple):
-    """A rectangle of the resized image."""
+    """A rectangle of the resized image, whose place is a whole pixel of the stored one.
+
+    `top` and `left` count pixels of the stored image, `height` and `width` those of the sample. The
+    rectangle begins at its place or, in a magnified image, less than a pixel of the sample before.
+    """
 
     top: int
     left: int
@@ -68,12 +72,11 @@ def augment(
     size = resized(target.shape, params.scale, rng.uniform(*params.ratio_range))
     window = draw_window(target, size, params, ignore_index=ignore_index, rng=rng)
     image, target = resize_window(image, size, window), nearest_window(target, size, window)
-    if rng.random() < params.flip.horizontal:
-        image, target = image[:, ::-1], target[:, ::-1]
-    if rng.random() < params.flip.vertical:
-        image, target = image[::-1], target[::-1]
+    for axis, chance in ((1, params.flip.horizontal), (0, params.flip.vertical)):
+        if rng.random() < chance:
+            image, target = (np.asarray(cv2.flip(x, axis), np.uint8) for x in (image, target))
     if params.photometric:
-        image = distort(np.ascontiguousarray(image), rng)
+        image = distort(image, rng)
     return pad(image, target, params.crop_size, fill=fill, ignore_index=ignore_index)
 
 
@@ -102,14 +105,22 @@ def draw_window(
     ignore_index: int,
     rng: np.random.Generator,
 ) -> Window:
-    """A crop of the resized image; redrawn up to 10 times while one class fills too much of it."""
+    """A crop of the resized image; redrawn up to 10 times while one class fills too much of it.
+
+    A place is a whole pixel of the stored image, where MMSegmentation takes one of the resized
+    image: as even a spread over the same range, which one plain resize cuts out.
+    """
     height, width = (min(crop, side) for crop, side in zip(params.crop_size, size, strict=True))
+    rows, columns = (
+        source * (side - window) // side + 1  # places from which the window stays inside
+        for source, side, window in zip(target.shape, size, (height, width), strict=True)
+    )
     for _ in range(11):
-        top, left = rng.integers(size[0] - height + 1), rng.integers(size[1] - width + 1)
-        window = Window(int(top), int(left), height, width)
+        window = Window(int(rng.integers(rows)), int(rng.integers(columns)), height, width)
         if params.cat_max_ratio == 1:
             break
-        counts = np.bincount(nearest_window(target, size, window).ravel(), minlength=256)
+        seen = nearest_window(target, size, window)
+        counts = cv2.calcHist([seen], [0], None, [256], [0, 256]).ravel()
         counts[ignore_index] = 0
         if np.count_nonzero(counts) > 1 and counts.max() < params.cat_max_ratio * counts.sum():
             break
@@ -118,48 +129,44 @@ def draw_window(
 
 def nearest_window(target: Array, size: tuple[int, int], window: Window) -> Array:
     """The window of the target resized to `size` by nearest neighbour, as OpenCV takes it."""
-    if size == target.shape:
-        return target[window.top :, window.left :][: window.height, : window.width]
-    rows, columns = (
-        # The inverse of the inverse: OpenCV's rounding.
-        np.minimum(np.arange(start, start + count) * (1 / (side / source)), source - 1).astype(
-            np.intp
-        )
-        for start, count, source, side in zip(
-            window[:2], window[2:], target.shape, size, strict=True
-        )
-    )
-    return target[np.ix_(rows, columns)]
+    return _cut(target, size, window, cv2.INTER_NEAREST)
 
 
 def resize_window(image: Array, size: tuple[int, int], window: Window) -> Array:
-    """The window of the image resized to `size` bilinearly, within one grey level of OpenCV.
+    """The window of the image resized to `size` bilinearly, as OpenCV resizes the whole."""
+    return _cut(image, size, window, cv2.INTER_LINEAR)
 
-    Both taps of every pixel are those of the whole image: clipped at its edge, not the window's.
+
+def _cut(source: Array, size: tuple[int, int], window: Window, interpolation: int) -> Array:
+    """Resize no more than the window needs, by the factors of the whole."""
+    if size == source.shape[:2]:
+        return source[window.top :, window.left :][: window.height, : window.width]
+    (rows, top), (columns, left) = (
+        _span(stored, side, start, count)
+        for stored, side, start, count in zip(
+            source.shape, size, window[:2], window[2:], strict=False
+        )
+    )
+    part = cv2.resize(
+        source[rows, columns],
+        None,
+        fx=size[1] / source.shape[1],
+        fy=size[0] / source.shape[0],
+        interpolation=interpolation,
+    )
+    return np.asarray(part, np.uint8)[top:, left:][: window.height, : window.width]
+
+
+def _span(stored: int, side: int, start: int, count: int) -> tuple[slice, int]:
+    """The stored pixels that `count` pixels of a window need, and the resized ones to drop first.
+
+    They are a pixel more than the window covers, at its beginning where it magnifies and at its
+    end, so that no value is made of a pixel at the edge of the part instead of its neighbour.
     """
-    if size == image.shape[:2]:
-        return image[window.top :, window.left :][: window.height, : window.width]
-    low, high, weight = _taps(image.shape[0], size[0], window.top, window.height)
-    left, right, across = _taps(image.shape[1], size[1], window.left, window.width)
-    columns = image[:, left[0] : right[-1] + 1]
-    upper = columns[low].astype(np.float32)
-    upper += (columns[high] - upper) * weight[:, None, None]
-    left, right = left - left[0], right - left[0]
-    result = upper[:, left]
-    result += (upper[:, right] - result) * across[:, None]
-    return np.rint(result).astype(np.uint8)
-
-
-def _taps(
-    source: int, side: int, start: int, count: int
-) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
-    """Lower and upper source index and the upper's weight, of `count` pixels from `start`."""
-    position = (np.arange(start, start + count) + 0.5) * (source / side) - 0.5
-    lower = np.floor(position)
-    weight = (position - lower).astype(np.float32)
-    low = np.clip(lower, 0, source - 1).astype(np.intp)
-    high = np.clip(lower + 1, 0, source - 1).astype(np.intp)
-    return low, high, weight
+    before = 1 if start and side > stored else 0
+    dropped = before * (side // stored)
+    first = start - before
+    return slice(first, first - (-(count + dropped) * stored // side) + 2), dropped
 
 
 def distort(image: Array, rng: np.random.Generator) -> Array:
@@ -171,21 +178,37 @@ def distort(image: Array, rng: np.random.Generator) -> Array:
     levels = np.arange(256, dtype=np.float32)
     shift, gain = rng.uniform(-32, 32), rng.uniform(0.5, 1.5)
     saturation, hue = rng.uniform(0.5, 1.5), rng.integers(-18, 18)
-    brightness_table = _to_uint8(levels + shift) if brighten else levels.astype(np.uint8)
-    contrast_table = _to_uint8(levels * gain) if contrast else levels.astype(np.uint8)
-    first = contrast_table[brightness_table] if contrast_first else brightness_table
-    image = np.asarray(cv2.LUT(image, first), np.uint8)
+    tables = []  # of the three colours, one after another
+    if brighten:
+        tables.append(_to_uint8(levels + shift))
+    if contrast and contrast_first:
+        tables.append(_to_uint8(levels * gain))
+    image = _looked_up(image, tables)
     if saturate or turn:
-        tables = np.stack([levels.astype(np.uint8)] * 3, axis=-1)
+        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
         if turn:
-            tables[:, 0] = (levels + hue) % 180
+            _look_up_channel(hsv, 0, ((levels + hue) % 180).astype(np.uint8))
         if saturate:
-            tables[:, 1] = _to_uint8(levels * saturation)
-        hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), tables[None])
+            _look_up_channel(hsv, 1, _to_uint8(levels * saturation))
         image = np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), np.uint8)
-    if not contrast_first:
-        image = np.asarray(cv2.LUT(image, contrast_table), np.uint8)
+    if contrast and not contrast_first:
+        image = _looked_up(image, [_to_uint8(levels * gain)])
     return image
+
+
+def _looked_up(image: Array, tables: list[Array]) -> Array:
+    """Every grey level as the tables, one after another, have it."""
+    if not tables:
+        return image
+    first, *others = tables
+    for table in others:
+        first = table[first]
+    return np.asarray(cv2.LUT(image, first), np.uint8)
+
+
+def _look_up_channel(image: cv2.typing.MatLike, channel: int, table: Array) -> None:
+    """Change one channel in place: faster than a table for each of the three."""
+    cv2.insertChannel(cv2.LUT(cv2.extractChannel(image, channel), table), image, channel)
 
 
 def _to_uint8(levels: NDArray[np.float32]) -> Array:
@@ -199,12 +222,11 @@ def pad(
     height, width = target.shape
     if (height, width) == size:
         return image, target
-    padded = np.empty((*size, 3), np.uint8)
-    padded[:] = fill
-    padded[:height, :width] = image
-    labels = np.full(size, ignore_index, np.uint8)
-    labels[:height, :width] = target
-    return padded, labels
+    edges = (0, size[0] - height, 0, size[1] - width, cv2.BORDER_CONSTANT)
+    return (
+        np.asarray(cv2.copyMakeBorder(image, *edges, value=fill), np.uint8),
+        np.asarray(cv2.copyMakeBorder(target, *edges, value=(ignore_index,)), np.uint8),
+    )
 
 
 def fill_of(mean: Sequence[float]) -> tuple[int, ...]:

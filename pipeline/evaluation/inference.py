@@ -106,7 +106,7 @@ class Predictor:
     def _inputs(self, images: list[Array], size: tuple[int, int]) -> Tensor:
         if size != images[0].shape[:2]:
             images = [np.asarray(cv2.resize(image, size[::-1]), np.uint8) for image in images]
-        stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.device)
+        stacked = torch.from_numpy(np.stack(images)).to(self.device)
         normalised: Tensor = self.normalize(stacked)
         return normalised
 

@@ -129,7 +129,7 @@ def train(
 def train_step(learner: Learner, batch: Batch, accumulation: int) -> dict[str, Tensor]:
     """One optimizer step on this rank's share of the batch; returns its share of each loss term.
 
-    The batch is images (n,3,h,w) uint8, targets (n,h,w) uint8, keys (n,) int64: the microbatches,
+    The batch is images (n,h,w,3) uint8, targets (n,h,w) uint8, keys (n,) int64: the microbatches,
     `accumulation` of them, one after another. The terms are fp64 scalars on the device.
     """
     network, device = learner.network, learner.device

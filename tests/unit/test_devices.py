@@ -87,7 +87,7 @@ def test_a_step_stays_on_its_device_and_never_waits(
     with FakeTensorMode():
         move(learner.network)
         move(learner.normalize)
-        images = torch.empty(4, 3, 64, 96, dtype=torch.uint8)
+        images = torch.empty(4, 64, 96, 3, dtype=torch.uint8)
         targets = torch.empty(4, 64, 96, dtype=torch.uint8)
         keys = torch.empty(4, dtype=torch.int64)
         learner.network.advance(0.5)
@@ -108,7 +108,7 @@ def test_an_evaluation_stays_on_its_device_and_never_waits(head: str, pretend: C
         predictor = Predictor(
             learner.network, learner.normalize, learner.precision, scale=None, window=None
         )
-        images = torch.empty(2, 3, 64, 96, dtype=torch.uint8, device=CUDA)
+        images = torch.empty(2, 64, 96, 3, dtype=torch.uint8, device=CUDA)
         scores = predictor._score(learner.normalize(images))
         probabilities = learner.network.probabilities(scores)
     for result in (scores, probabilities):

@@ -150,6 +150,6 @@ def test_workers_change_no_bit_of_a_batch(split: Split):
         alone, shared = (fresh.submit(batches, split, workers).result(60) for workers in (0, 2))
     assert len(alone) == len(shared) == 5
     for own, theirs in zip(alone, shared, strict=True):
-        assert [part.shape for part in own] == [(4, 3, 16, 16), (4, 16, 16), (4,)]
+        assert [part.shape for part in own] == [(4, 16, 16, 3), (4, 16, 16), (4,)]
         assert [part.dtype for part in own] == [np.uint8, np.uint8, np.int64]
         assert all(np.array_equal(a, b) for a, b in zip(own, theirs, strict=True))

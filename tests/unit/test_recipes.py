@@ -418,7 +418,7 @@ def test_every_recipe_trains_two_iterations(name: str, tmp_path: Path):
     frozen = {key for key, own in learner.model.named_parameters() if not own.requires_grad}
     assert bool(frozen) == name.startswith("linear_")
     for iteration in range(2):
-        images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+        images = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
         targets = torch.randint(classes, (2, 64, 64), dtype=torch.uint8)
         batch = (images, targets, torch.arange(2) + 2 * iteration)
         terms = train_step(learner, batch, params.train.accumulation)

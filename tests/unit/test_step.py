@@ -36,7 +36,7 @@ RANDOM = {"model.backbone.pretrained": None}
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (4, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    images = torch.randint(0, 256, (4, 64, 64, 3), generator=generator, dtype=torch.uint8)
     targets = torch.randint(0, 3, (4, 64, 64), generator=generator, dtype=torch.uint8)
     targets[0, :40] = 255  # the parts of the batch have unequally many pixels to learn from
     return images, targets, torch.arange(4)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 import pytest
+from scipy.stats import ks_2samp
 
 from pipeline.data.transforms import (
     AugmentationParams,
@@ -43,39 +44,74 @@ def pictures() -> Iterator[tuple[np.random.Generator, np.ndarray, np.ndarray]]:
 
 
 def cases() -> Iterator[tuple[np.ndarray, np.ndarray, tuple[int, int], Window]]:
-    """Images, sizes to resize to (of a ratio and free ones), and windows."""
+    """Images, sizes to resize to (of a ratio, free and multiples), and windows inside."""
     for rng, image, target in pictures():
         free = (int(rng.integers(1, 150)), int(rng.integers(1, 150)))
-        for size in (resized(target.shape, None, rng.uniform(0.3, 3)), free, target.shape):
+        double = (2 * target.shape[0], 3 * target.shape[1])
+        of_a_ratio = resized(target.shape, None, rng.uniform(0.3, 3))
+        for size in (of_a_ratio, free, double, target.shape):
             height, width = (int(rng.integers(1, side + 1)) for side in size)
-            top, left = rng.integers(size[0] - height + 1), rng.integers(size[1] - width + 1)
-            yield image, target, size, Window(int(top), int(left), height, width)
+            top, left = (
+                int(rng.integers(source * (side - window) // side + 1))
+                for source, side, window in zip(target.shape, size, (height, width), strict=True)
+            )
+            yield image, target, size, Window(top, left, height, width)
 
 
-def cut(whole: np.ndarray, window: Window) -> np.ndarray:
-    top, left, height, width = window
-    return whole[top : top + height, left : left + width]
+def beginning(source: int, side: int, place: int) -> float:
+    """Where a window begins in the stored image."""
+    magnifies = place > 0 and side > source
+    return place - 1 + side // source * source / side if magnifies else place
 
 
-def test_a_window_of_the_image_is_opencvs_resize_within_one_grey_level():
+def taps(source: int, side: int, place: int, count: int) -> np.ndarray:
+    """(count, source): how much each stored pixel weighs in each of a window."""
+    at = beginning(source, side, place) + (np.arange(count) + 0.5) * source / side - 0.5
+    return np.maximum(0, 1 - np.abs(at.clip(0, source - 1)[:, None] - np.arange(source)))
+
+
+def test_a_window_of_the_image_is_the_bilinear_value_within_one_grey_level():
     for image, _, size, window in cases():
+        rows, columns = (
+            taps(image.shape[axis], size[axis], window[axis], window[2 + axis]) for axis in (0, 1)
+        )
+        exact = np.einsum("ih,hwc,jw->ijc", rows, image, columns)
         ours = resize_window(image, size, window)
-        theirs = cut(cv2.resize(image, size[::-1]), window)
         assert ours.dtype == np.uint8
-        assert np.abs(ours.astype(int) - theirs).max() <= 1
+        assert np.abs(ours - exact).max() < 1
 
 
-def test_a_window_of_the_image_is_the_exact_value_rounded():
-    for image, _, size, window in cases():
-        exact = cut(cv2.resize(image.astype(np.float32), size[::-1]), window)
-        assert np.abs(resize_window(image, size, window) - exact).max() < 0.501
+def test_a_window_is_a_part_of_opencvs_resize_of_the_whole():
+    seen = 0
+    for image, target, size, window in cases():
+        corner = [
+            beginning(source, side, place) * side / source
+            for source, side, place in zip(target.shape, size, window[:2], strict=True)
+        ]
+        top, left = (round(place) for place in corner)
+        if max(abs(corner[0] - top), abs(corner[1] - left)) > 1e-9:
+            continue  # it begins between two pixels of the resized image
+        seen += 1
+        part = np.s_[top : top + window.height, left : left + window.width]
+        whole = cv2.resize(image, size[::-1])[part].astype(int)
+        assert np.abs(resize_window(image, size, window) - whole).max() <= 1
+        nearest = cv2.resize(target, size[::-1], interpolation=cv2.INTER_NEAREST)[part]
+        assert np.mean(nearest_window(target, size, window) != nearest) < 0.1  # see below
+    assert seen > 300
 
 
-def test_a_window_of_the_target_is_opencvs_nearest_resize():
+def test_a_window_of_the_target_has_the_pixel_at_the_same_place():
     for _, target, size, window in cases():
-        ours = nearest_window(target, size, window)
-        theirs = cut(cv2.resize(target, size[::-1], interpolation=cv2.INTER_NEAREST), window)
-        assert np.array_equal(ours, theirs), (target.shape, size)
+        places = []
+        for source, side, place, count in zip(
+            target.shape, size, window[:2], window[2:], strict=True
+        ):
+            magnifies = place > 0 and side > source
+            dropped = side // source if magnifies else 0
+            # The inverse of the inverse: OpenCV's rounding.
+            steps = (dropped + np.arange(count)) * (1 / (side / source))
+            places.append(np.minimum(place - magnifies + steps.astype(int), source - 1))
+        assert np.array_equal(nearest_window(target, size, window), target[np.ix_(*places)])
 
 
 def test_nearest_at_a_half_and_a_double_size_by_hand():
@@ -83,14 +119,16 @@ def test_nearest_at_a_half_and_a_double_size_by_hand():
     half = nearest_window(target, (2, 2), Window(0, 0, 2, 2))
     assert half.tolist() == [[0, 2], [8, 10]]
     double = nearest_window(target, (8, 8), Window(1, 2, 2, 3))
-    assert double.tolist() == [[1, 1, 2], [5, 5, 6]]
+    assert double.tolist() == [[6, 6, 7], [6, 6, 7]]
+    # 2.5 times: the window begins at 2 - 1 + 2 * 0.4 = 1.8.
+    assert nearest_window(target, (10, 10), Window(0, 2, 1, 3)).tolist() == [[1, 2, 2]]
 
 
 def test_bilinear_at_a_double_size_by_hand():
     image = np.repeat(np.array([[0, 100, 200]], np.uint8)[..., None], 3, axis=-1)
     double = resize_window(image, (1, 6), Window(0, 0, 1, 6))
     assert double[0, :, 0].tolist() == [0, 25, 75, 125, 175, 200]
-    assert resize_window(image, (1, 6), Window(0, 3, 1, 2))[0, :, 0].tolist() == [125, 175]
+    assert resize_window(image, (1, 6), Window(0, 1, 1, 2))[0, :, 0].tolist() == [75, 125]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +159,26 @@ def test_windows_lie_anywhere_inside_and_nowhere_else():
     rng = np.random.default_rng(0)
     drawn = {draw_window(target, (10, 12), options, 255, rng) for _ in range(500)}
     assert drawn == {Window(top, left, 8, 9) for top in range(3) for left in range(4)}
+    # At half the size a window of 4 x 5 covers 8 x 10 stored pixels.
+    options = augmentation(crop_size=[4, 5])
+    drawn = {draw_window(target, (5, 6), options, 255, rng) for _ in range(500)}
+    assert drawn == {Window(top, left, 4, 5) for top in range(3) for left in range(3)}
+
+
+def test_windows_spread_as_evenly_as_mmsegmentations():
+    # Its crops begin on every pixel of the resized image alike; here in shares of the stored one.
+    target = np.zeros((200, 300), np.uint8)
+    options = augmentation(crop_size=[128, 128])
+    rng = np.random.default_rng(0)
+    ours, theirs = [], []
+    for ratio in rng.uniform(0.7, 3, 4000):
+        size = resized(target.shape, None, ratio)
+        window = draw_window(target, size, options, 255, rng)
+        ours.append([beginning(*axis) for axis in zip(target.shape, size, window[:2], strict=True)])
+        steps = [rng.integers(side - 128 + 1) for side in size]
+        theirs.append(np.array(steps) * target.shape / size)
+    for own, other in zip(np.transpose(ours), np.transpose(theirs), strict=True):
+        assert ks_2samp(own, other).pvalue > 0.01
 
 
 def test_a_window_is_redrawn_while_one_class_fills_it():
@@ -135,7 +193,7 @@ def test_a_window_is_redrawn_while_one_class_fills_it():
         over = 0
         for _ in range(300):
             window = draw_window(target, target.shape, options, 255, rng)
-            ones = (cut(target, window)[8:] == 1).mean()
+            ones = (nearest_window(target, target.shape, window)[8:] == 1).mean()
             over += max(ones, 1 - ones) >= 0.75
         return over / 300
 

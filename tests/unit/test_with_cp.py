@@ -37,7 +37,7 @@ def train(with_cp: int, iterations: int, side: int) -> dict[str, Any]:
     torch.manual_seed(0)
     learner = learner_of(options, 3)
     rng = np.random.default_rng(0)
-    images = torch.from_numpy(rng.integers(0, 256, (2, 3, side, side), np.uint8))
+    images = torch.from_numpy(rng.integers(0, 256, (2, side, side, 3), np.uint8))
     targets = (images.sum(dim=1) // 256).to(torch.uint8).clamp(max=2)
     losses, before = [], peak_memory()
     for iteration in range(iterations):
