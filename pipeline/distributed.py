@@ -9,7 +9,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -96,17 +97,27 @@ def hand_over(module: str, device: str, processes: int) -> bool:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if device == "cpu" or not torch.cuda.is_available():
-        print(f"{processes} processes on the CPU", flush=True)
     options = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]  # 0: a free port
     options += ["--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, free_cores() // processes)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     try:
         run.main([*options, "-m", module])
     except ChildFailedError as error:  # the process has said why
         sys.exit(error.get_first_failure()[1].exitcode)
     return True
+
+
+def free_cores() -> int:
+    """The cores that this process may use, at least 1: of the machine, or less of a container.
+
+    Source: https://docs.kernel.org/admin-guide/cgroup-v2.html (cpu.max)
+    """
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no such limit
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        allowed = min(allowed, int(quota) // int(period))
+    return max(1, allowed)
 
 
 def die_with_parent() -> None:
@@ -128,6 +139,8 @@ def process_group(device: str) -> Iterator[torch.device]:
     torchrun sets, and what anything else can set that starts processes.
     """
     use_cuda = device != "cpu" and torch.cuda.is_available()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(free_cores())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     own = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
@@ -140,6 +153,14 @@ def process_group(device: str) -> Iterator[torch.device]:
         yield own
     finally:
         dist.destroy_process_group()
+
+
+def described(device: torch.device) -> str:
+    """What the processes compute on, for a reader."""
+    what = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    processes, threads = world_size(), torch.get_num_threads()
+    plural = "es" if processes > 1 else ""
+    return f"{processes} process{plural} on {what}, {threads} CPU threads each"
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

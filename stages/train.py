@@ -69,6 +69,7 @@ def run(params: Params, device: torch.device) -> None:
             begin_extension(params, store, state)
         else:
             log.setLevel(logging.ERROR)  # the first process says it for all
+        log.info("%s", distributed.described(device))
         distributed.barrier()
         distributed.seed_everything(options.seed, options.deterministic)
         checkpoint, progress = starting_point(params, state)

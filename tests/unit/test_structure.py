@@ -139,6 +139,7 @@ def test_a_call_with_more_than_four_arguments_names_them():
 
 def test_every_module_is_reached_by_a_stage_or_a_command():
     used = set().union(*(reached(f"stages.{name}") for name in [*STAGES, *COMMANDS]))
+    used.add("stages/__init__.py")  # which every stage runs first
     assert used == {path.relative_to(REPOSITORY).as_posix() for path in FILES.values()}
 
 
