@@ -120,8 +120,8 @@ def build_optimizer(network: Network, params: TrainParams) -> torch.optim.Optimi
     """SGD with momentum, or AdamW (https://arxiv.org/abs/1711.05101)."""
     groups = parameter_groups(network, params)
     if params.optimizer == "sgd":
-        return torch.optim.SGD(groups, params.lr, momentum=params.momentum)
-    return torch.optim.AdamW(groups, params.lr, betas=(params.momentum, 0.999))
+        return torch.optim.SGD(groups, params.lr, momentum=params.momentum, fused=True)
+    return torch.optim.AdamW(groups, params.lr, betas=(params.momentum, 0.999), fused=True)
 
 
 def parameter_groups(network: Network, params: TrainParams) -> list[dict[str, Any]]:
