@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.store import Entry, Split
-from pipeline.evaluation.inference import Predictor, evaluate, predictions, slide
+from pipeline.evaluation.inference import Predictor, evaluate, predictions
 from pipeline.evaluation.metrics import boundary_areas, confusion_matrix, mean_iou
 from pipeline.models.network import Network
 from pipeline.precision import PRECISIONS, Normalization
@@ -36,9 +36,9 @@ class Stub(Network):
     def losses(self, *arguments: object) -> dict[str, Tensor]:
         raise AssertionError("an evaluation learns nothing")
 
-    def scores(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
+    def scores(self, outputs: Tensor, size: tuple[int, int], rows: slice) -> Tensor:
         assert outputs.shape[2:] == size
-        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        return outputs[:, :, rows].to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 def image(seed: int, height: int, width: int) -> np.ndarray:
@@ -50,6 +50,19 @@ def predictor(model: nn.Module, **changes: object) -> Predictor:
     normalize = Normalization((100, 110, 120), (50, 60, 70), precision=precision, device=cpu)
     given = {"precision": precision, "scale": None, "window": None}
     return Predictor(model, normalize, **(given | changes))
+
+
+def slide(
+    model: nn.Module, images: Tensor, crop: tuple[int, int], stride: tuple[int, int]
+) -> Tensor:
+    """The whole scores of normalised images, by a sliding window."""
+    height, width = images.shape[2:]
+    view = predictor(model, window=(crop, stride)).view(images)
+    return view.scores((height, width), slice(0, height))
+
+
+def whole_scores(predictor: Predictor, pictures: list[np.ndarray]) -> Tensor:
+    return torch.cat(list(predictor.scores(pictures)), dim=2)
 
 
 def as_input(picture: np.ndarray) -> Tensor:
@@ -163,8 +176,7 @@ def test_scales_and_flips_are_averaged_as_a_plain_loop_does(
             total += logits.softmax(1)
     total /= len(sizes) * (2 if flip else 1)
     averaging = predictor(model, scale=scale, window=window, scales=ratios, flip=flip)
-    with torch.no_grad():
-        assert torch.allclose(averaging.scores([picture]), total, rtol=0, atol=1e-5)
+    assert torch.allclose(whole_scores(averaging, [picture]), total, rtol=0, atol=1e-5)
     (found,) = averaging.predict([picture])
     assert np.array_equal(found, total[0].argmax(0).numpy())
     (single,) = predictor(model, scale=scale, window=window).predict([picture])
@@ -173,9 +185,10 @@ def test_scales_and_flips_are_averaged_as_a_plain_loop_does(
 
 def test_one_view_has_its_logits_for_scores_and_several_have_probabilities():
     model, picture = Stub(), image(4, 9, 14)
-    (scores,) = predictor(model).scores([picture])
+    (scores,) = whole_scores(predictor(model), [picture])
     assert torch.allclose(scores, model(as_input(picture))[0], rtol=0, atol=1e-12)
-    (scores,) = predictor(model, precision="bf16", scales=(1.0, 0.5)).scores([picture])
+    averaging = predictor(model, precision="bf16", scales=(1.0, 0.5))
+    (scores,) = whole_scores(averaging, [picture])
     assert scores.dtype == torch.float32
     assert torch.allclose(scores.sum(0), torch.ones(9, 14))
 
@@ -198,7 +211,7 @@ def split(tmp_path: Path) -> Split:
 def test_batches_hold_one_size_and_change_no_prediction(split: Split):
     model = Stub().train()
     indices = [0, 1, 2, 3, 4, 5, 6]
-    batched = list(predictions(predictor(model), split, indices, batch_size=2))
+    batched = list(predictions(predictor(model, batch_size=2), split, indices))
     assert not model.training
     assert model.sizes == [
         (n, 3, h, w) for n, h, w in [(2, 9, 14), (1, 9, 14), (1, 14, 9), (1, 9, 14), (2, 5, 5)]
@@ -218,7 +231,9 @@ def test_an_evaluation_sums_every_image_once(split: Split):
     confusion, boundary, scores = evaluate(predictor(model), split, 4, 255)
     assert np.array_equal(confusion, expected)
     assert not boundary.any()
-    confusion, boundary, _ = evaluate(predictor(model), split, 4, 255, 2, boundaries=True)
+    confusion, boundary, _ = evaluate(
+        predictor(model, batch_size=2), split, 4, 255, boundaries=True
+    )
     assert np.array_equal(confusion, expected)
     assert np.array_equal(boundary, sum(boundary_areas(*pair, 4, 255) for pair in pairs))
     assert scores == [(index, mean_iou(matrix)) for index, matrix in enumerate(matrices)]
