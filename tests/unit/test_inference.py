@@ -7,12 +7,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.data.store import Entry, Split
+from pipeline.data.transforms import resized
 from pipeline.evaluation.inference import Predictor, evaluate, predictions
 from pipeline.evaluation.metrics import boundary_areas, confusion_matrix, mean_iou
+from pipeline.models import layers
 from pipeline.models.network import Network
 from pipeline.precision import PRECISIONS, Normalization
+from tests.unit.sections import build
+from tests.unit.test_models import HEADS_ON, options
 
 
 class Stub(Network):
@@ -191,6 +198,110 @@ def test_one_view_has_its_logits_for_scores_and_several_have_probabilities():
     (scores,) = whole_scores(averaging, [picture])
     assert scores.dtype == torch.float32
     assert torch.allclose(scores.sum(0), torch.ones(9, 14))
+
+
+VIEWS: dict[str, dict[str, object]] = {
+    "whole": {},
+    "slide": {"window": ((32, 48), (21, 31))},
+    "scaled": {"scale": (90, 64)},
+    "several": {"scales": (0.5, 1.0, 1.75), "flip": True},
+    "slide several": {"window": ((32, 48), (32, 48)), "scales": (0.5, 1.3), "flip": True},
+}
+
+
+def network(head: str, classes: int) -> Network:
+    """Of double precision, in evaluation mode; its logits are smaller than the image."""
+    model = build(options(head, **{"backbone.name": HEADS_ON[head]}), classes)
+    return model.double().eval()
+
+
+@torch.no_grad()
+def plain_scores(predictor: Predictor, pictures: list[np.ndarray]) -> Tensor:
+    """What `Predictor.scores` gives, from the whole scores of every window and view."""
+    model, shape = predictor.network, pictures[0].shape[:2]
+
+    def whole(images: Tensor) -> Tensor:
+        size, outputs = tuple(images.shape[2:]), model(images)
+        if isinstance(outputs, list):  # a map of logits
+            logits = outputs[0].logits
+            padded = [-(-side // model.multiple) * model.multiple for side in size]
+            assert logits.shape[2] < size[0]
+            return F.interpolate(logits, padded, mode="bilinear")[..., : size[0], : size[1]]
+        return model.scores(outputs, size, slice(0, size[0]))
+
+    def view(images: Tensor) -> Tensor:
+        if predictor.window is None:
+            return whole(images)
+        size, (crop, stride) = images.shape[2:], predictor.window
+        total, count = 0.0, torch.zeros(*size)
+        for top in sorted({min(y, max(size[0] - crop[0], 0)) for y in range(0, 999, stride[0])}):
+            for left in sorted(
+                {min(x, max(size[1] - crop[1], 0)) for x in range(0, 999, stride[1])}
+            ):
+                scores = whole(images[..., top : top + crop[0], left : left + crop[1]])
+                right = size[1] - left - scores.shape[3]
+                total = total + F.pad(scores, (left, right, top, size[0] - top - scores.shape[2]))
+                count[top : top + crop[0], left : left + crop[1]] += 1
+        return total / count
+
+    found = []
+    for ratio in predictor.scales:
+        size = resized(shape, predictor.scale, ratio)
+        images = torch.cat([as_input(cv2.resize(one, size[::-1])) for one in pictures])
+        for mirrored in (False, True) if predictor.flip else (False,):
+            scores = view(images.flip(3)).flip(3) if mirrored else view(images)
+            found.append(F.interpolate(scores, shape, mode="bilinear"))
+    if len(found) == 1:
+        return found[0]
+    return torch.stack([model.probabilities(scores) for scores in found]).mean(dim=0)
+
+
+@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("head", ["pspnet", "linear", "eomt"])
+def test_a_prediction_by_bands_is_that_of_whole_scores(
+    head: str, views: str, monkeypatch: pytest.MonkeyPatch
+):
+    height, width, classes = 45, 67, 5  # linear and eomt pad this
+    pictures = [image(seed, height, width) for seed in (5, 6)]
+    averaging = predictor(network(head, classes), **VIEWS[views])
+    expected = plain_scores(averaging, pictures)
+    for rows in (1, 7, height):
+        monkeypatch.setattr(layers, "BAND", rows * 2 * classes * width)
+        bands = list(averaging.scores(pictures))
+        assert [band.shape[2] for band in bands[:-1]] == [rows] * ((height - 1) // rows)
+        assert torch.allclose(torch.cat(bands, dim=2), expected, rtol=0, atol=1e-9)
+        found = averaging.predict(pictures)
+        assert np.array_equal(found, expected.argmax(dim=1).numpy())
+
+
+class Largest(TorchDispatchMode):
+    """How many elements the largest result of any operation has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [one.numel() for one in tree_leaves(result) if isinstance(one, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("head", ["pspnet", "segformer", "eomt"])
+def test_no_tensor_of_a_prediction_is_as_large_as_the_whole_scores(
+    head: str, views: str, monkeypatch: pytest.MonkeyPatch
+):
+    classes, height, width = 150, 64, 96
+    monkeypatch.setattr(layers, "BAND", classes * 4 * width)
+    pictures = [image(7, height, width)]
+    averaging = predictor(network(head, classes), **VIEWS[views])
+    averaging.predict(pictures)  # makes the weights that are kept
+    with Largest() as largest:
+        averaging.predict(pictures)
+    assert largest.elements < classes * height * width / 2
+    with Largest() as largest:
+        whole_scores(averaging, pictures)
+    assert largest.elements == classes * height * width
 
 
 SIZES = [(9, 14), (9, 14), (9, 14), (14, 9), (9, 14), (5, 5), (5, 5)]
