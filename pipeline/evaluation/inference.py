@@ -170,7 +170,7 @@ class Predictor:
                 for left in _starts(size[1], crop[1], stride[1]):
                     window = inputs[..., top : top + crop[0], left : left + crop[1]]
                     windows.append((top, left, self.network(window)))
-        return View(self.network, size, crop, windows, mirrored)
+        return View(self.network, size, crop=crop, windows=windows, mirrored=mirrored)
 
 
 def _starts(side: int, window: int, step: int) -> list[int]:
