@@ -57,7 +57,6 @@ def run(params: Params, device: torch.device) -> None:
         split,
         num_classes=num_classes,
         ignore_index=ignore_index,
-        batch_size=params.evaluation.batch_size,
         boundaries=True,
     )
     if distributed.rank() != 0:
@@ -100,6 +99,7 @@ def load_predictor(params: Params, checkpoint: Checkpoint, device: torch.device)
         window=params.evaluation.window,
         scales=params.evaluation.scales,
         flip=params.evaluation.flip,
+        batch_size=params.evaluation.batch_size,
     )
 
 

@@ -95,6 +95,7 @@ def run(params: Params, device: torch.device) -> None:
                     precision=learner.precision,
                     scale=params.augmentation.scale,
                     window=params.evaluation.window,
+                    batch_size=params.evaluation.batch_size,
                 ),
                 options=options,
                 intervals=Intervals(

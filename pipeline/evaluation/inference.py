@@ -1,20 +1,20 @@
 """Predictions of whole images: at once or by a sliding window, in one view or in several."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import cv2
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipeline import distributed
 from pipeline.data.store import Array, Split
 from pipeline.data.transforms import resized
 from pipeline.evaluation.metrics import Matrix, boundary_areas, confusion_matrix, mean_iou
+from pipeline.models.layers import bands, resized_band, taps
 from pipeline.models.network import Network
 from pipeline.params import Above0, Positive, Section, Size
 from pipeline.precision import Normalization, Precision
@@ -49,11 +49,58 @@ class EvaluationParams(Section):
 
 
 @dataclass(frozen=True)
+class View:
+    """What a network made of images of `size` (H,W), as they are or mirrored.
+
+    `windows` are the top, the left and the outputs of each window of `crop`; one holds the whole.
+    What belongs to pixels is made from that band by band, and never whole: of many classes it would
+    be the largest thing of all.
+    """
+
+    network: Network
+    size: tuple[int, int]
+    crop: tuple[int, int]
+    windows: list[tuple[int, int, Any]]
+    mirrored: bool
+
+    def scores(self, shape: tuple[int, int], rows: slice) -> Tensor:
+        """The scores (N,C,rows,W) of these rows of the unmirrored images at their own `shape`.
+
+        A view's scores are resized to the image before anything is made of them, as in
+        MMSegmentation's test-time augmentation: https://github.com/open-mmlab/mmsegmentation
+        """
+        own = self._scores(taps(self.size[0], shape[0], rows))
+        own = own.flip(3) if self.mirrored else own
+        return resized_band(own, self.size[0], shape, rows)
+
+    def _scores(self, rows: slice) -> Tensor:
+        """The scores of these rows of the view, averaged where windows overlap."""
+        if len(self.windows) == 1:
+            return self.network.scores(self.windows[0][2], self.size, rows)
+        parts = []
+        for top, left, outputs in self.windows:
+            start, stop = max(rows.start, top), min(rows.stop, top + self.crop[0])
+            if start < stop:
+                scores = self.network.scores(outputs, self.crop, slice(start - top, stop - top))
+                inside = slice(start - rows.start, stop - rows.start)
+                parts.append((np.s_[..., inside, left : left + self.crop[1]], scores))
+        first = parts[0][1]
+        shape = (len(first), rows.stop - rows.start, self.size[1], first.shape[1])
+        total = first.new_zeros(shape).permute(0, 3, 1, 2)  # classes side by side: resized_band
+        count = first.new_zeros(shape[1:3])
+        for area, scores in parts:
+            total[area] += scores
+            count[area] += 1
+        return total.div_(count)
+
+
+@dataclass(frozen=True)
 class Predictor:
     """A network with all that turns stored images into predictions.
 
     `window` is crop and stride of the sliding window, None for whole images; `scale` is that of
-    the augmentation, and `scales` are ratios to it, or to the image where it is None.
+    the augmentation, and `scales` are ratios to it, or to the image where it is None. So many
+    images of one size as `batch_size` are predicted at once.
     """
 
     network: Network
@@ -63,6 +110,7 @@ class Predictor:
     window: tuple[Size, Size] | None
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
+    batch_size: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -72,36 +120,36 @@ class Predictor:
     @torch.no_grad()
     def predict(self, images: list[Array]) -> list[Array]:
         """Images (H,W,3) uint8 of one size -> their class ids (H,W) uint8, in eval mode."""
-        return list(self.scores(images).argmax(dim=1).to("cpu", torch.uint8).numpy())
+        found = [scores.argmax(dim=1).to(torch.uint8) for scores in self.scores(images)]
+        return list(torch.cat(found, dim=1).cpu().numpy())
 
     @torch.no_grad()
-    def scores(self, images: list[Array]) -> Tensor:
-        """The scores (N,C,H,W) of the only view, or the mean of all views' probabilities.
+    def scores(self, images: list[Array]) -> Iterator[Tensor]:
+        """Bands of rows, (N,C,rows,W) from top to bottom, of which each goes before the next comes.
 
-        A view's scores are resized to the image first, as in MMSegmentation's test-time
-        augmentation: https://github.com/open-mmlab/mmsegmentation
+        They hold the scores of the only view, or the mean of all views' probabilities.
         """
+        shape = (images[0].shape[0], images[0].shape[1])
         views = self._views(images)
-        count = len(self.scales) * (1 + self.flip)
-        if count == 1:
-            return next(views)
-        total = self.network.probabilities(next(views))
-        for scores in views:
-            total = total + self.network.probabilities(scores)
-        return total / count
+        first = views[0].scores(shape, slice(0, 1))  # tells how many classes there are
+        for rows in bands(slice(0, shape[0]), first.numel()):
+            if len(views) == 1:
+                yield views[0].scores(shape, rows)
+                continue
+            total = self.network.probabilities(views[0].scores(shape, rows))
+            for view in views[1:]:
+                total += self.network.probabilities(view.scores(shape, rows))
+            yield total.div_(len(views))
 
-    def _views(self, images: list[Array]) -> Iterator[Tensor]:
-        """Scores (N,C,H,W) at each scale, as it is and mirrored."""
-        shape = images[0].shape[:2]
+    def _views(self, images: list[Array]) -> list[View]:
+        """At each scale the images as they are and, if that is wanted, mirrored."""
+        shape = (images[0].shape[0], images[0].shape[1])
+        mirrors = (False, True) if self.flip else (False,)
+        views: list[View] = []
         for ratio in self.scales:
-            size = resized(shape, self.scale, ratio)
-            inputs = self._inputs(images, size)
-            for mirrored in (False, True) if self.flip else (False,):
-                scores = self._score(inputs.flip(3) if mirrored else inputs)
-                scores = scores.flip(3) if mirrored else scores
-                if size != shape:
-                    scores = F.interpolate(scores, shape, mode="bilinear", align_corners=False)
-                yield scores
+            inputs = self._inputs(images, resized(shape, self.scale, ratio))
+            views.extend(self.view(inputs, mirrored=mirrored) for mirrored in mirrors)
+        return views
 
     def _inputs(self, images: list[Array], size: tuple[int, int]) -> Tensor:
         if size != images[0].shape[:2]:
@@ -110,53 +158,33 @@ class Predictor:
         normalised: Tensor = self.normalize(stacked)
         return normalised
 
-    def _score(self, inputs: Tensor) -> Tensor:
-        """Scores (N,C,H,W) of normalised images."""
-        if self.window is None:
-            return self._whole(inputs)
-        return slide(self._whole, inputs, *self.window)
-
-    def _whole(self, inputs: Tensor) -> Tensor:
+    def view(self, inputs: Tensor, *, mirrored: bool = False) -> View:
+        """Normalised images (N,3,H,W), and what the network makes of them, window by window."""
+        size = (inputs.shape[2], inputs.shape[3])
+        crop, stride = self.window or (size, size)
+        crop = (min(crop[0], size[0]), min(crop[1], size[1]))
+        inputs = inputs.flip(3) if mirrored else inputs
+        windows = []
         with self.precision.autocast(self.device):
-            outputs = self.network(inputs)
-        height, width = inputs.shape[2:]
-        return self.network.scores(outputs, (height, width))
-
-
-def slide(score: Callable[[Tensor], Tensor], images: Tensor, crop: Size, stride: Size) -> Tensor:
-    """Scores (N,C,H,W) of windows of `crop` every `stride` pixels, averaged where they overlap.
-
-    The last window of a row or column is moved back to end at the edge.
-    """
-    tops, lefts = (
-        _starts(side, window, step)
-        for side, window, step in zip(images.shape[2:], crop, stride, strict=True)
-    )
-    total, count = None, images.new_zeros(images.shape[2:], dtype=torch.int64)
-    for top in tops:
-        for left in lefts:
-            area = np.s_[..., top : top + crop[0], left : left + crop[1]]
-            scores = score(images[area])
-            if total is None:
-                total = scores.new_zeros((*scores.shape[:2], *images.shape[2:]))
-            total[area] += scores
-            count[area] += 1
-    assert total is not None
-    averaged: Tensor = total / count
-    return averaged
+            for top in _starts(size[0], crop[0], stride[0]):
+                for left in _starts(size[1], crop[1], stride[1]):
+                    window = inputs[..., top : top + crop[0], left : left + crop[1]]
+                    windows.append((top, left, self.network(window)))
+        return View(self.network, size, crop=crop, windows=windows, mirrored=mirrored)
 
 
 def _starts(side: int, window: int, step: int) -> list[int]:
+    """Where windows begin; the last one is moved back to end at the edge."""
     last = max(side - window, 0)
     return [*range(0, last, step), last]
 
 
 def predictions(
-    predictor: Predictor, split: Split, indices: list[int], batch_size: int = 1
+    predictor: Predictor, split: Split, indices: list[int]
 ) -> Iterator[tuple[int, Array, Array]]:
-    """Index, target and prediction of each of `indices`; up to batch_size of one size at a time."""
+    """Index, target and prediction of each of `indices`; a batch of one size at a time."""
     predictor.network.eval()
-    for batch in _batches(split, indices, batch_size):
+    for batch in _batches(split, indices, predictor.batch_size):
         pairs = [split[index] for index in batch]
         predicted = predictor.predict([image for image, _ in pairs])
         for index, (_, target), prediction in zip(batch, pairs, predicted, strict=True):
@@ -184,7 +212,6 @@ def evaluate(
     split: Split,
     num_classes: int,
     ignore_index: int,
-    batch_size: int = 1,
     boundaries: bool = False,
 ) -> tuple[Matrix, Matrix, list[tuple[int, float]]]:
     """Sums over a split, and the mean IoU of every image by its index.
@@ -196,7 +223,7 @@ def evaluate(
     own = list(range(distributed.rank(), len(split), distributed.world_size()))
     total, boundary = (np.zeros((rows, num_classes), np.int64) for rows in (num_classes, 2))
     scores = []
-    for index, target, prediction in predictions(predictor, split, own, batch_size):
+    for index, target, prediction in predictions(predictor, split, own):
         confusion = confusion_matrix(target, prediction, num_classes, ignore_index)
         scores.append((index, mean_iou(confusion)))
         total += confusion

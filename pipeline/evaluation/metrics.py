@@ -18,6 +18,8 @@ from pipeline.data.store import Array
 Matrix = NDArray[np.int64]
 Scores = NDArray[np.float64]
 
+EXACT = 2**24  # up to here fp32 holds every whole number
+
 
 def confusion_matrix(
     target: Array, prediction: Array, num_classes: int, ignore_index: int
@@ -26,10 +28,23 @@ def confusion_matrix(
 
     target and prediction (H,W); pixels whose target is `ignore_index` are left out.
     """
-    valid = target != ignore_index
-    pairs = target[valid].astype(np.intp) * num_classes + prediction[valid]
-    counts = np.bincount(pairs, minlength=num_classes**2)
-    return counts.reshape(num_classes, num_classes).astype(np.int64)
+    pairs = _pairs(target, prediction)
+    pairs[ignore_index] = 0
+    return pairs[:num_classes, :num_classes].astype(np.int64)
+
+
+def _pairs(first: Array, second: Array) -> Scores:
+    """How many pixels have which id in one map (row) and in the other (column), (256,256).
+
+    OpenCV counts bytes as they are, where numpy and torch make 64-bit numbers of them first. Its
+    results are fp32, exact to 2^24: larger maps are counted in parts.
+    """
+    total = np.zeros((256, 256))
+    rows = max(EXACT // first.shape[1], 1)
+    for top in range(0, len(first), rows):
+        maps = [first[top : top + rows], second[top : top + rows]]
+        total += cv2.calcHist(maps, [0, 1], None, [256, 256], [0, 256, 0, 256])
+    return total
 
 
 def boundary_areas(target: Array, prediction: Array, num_classes: int, ignore_index: int) -> Matrix:
@@ -38,15 +53,15 @@ def boundary_areas(target: Array, prediction: Array, num_classes: int, ignore_in
     target and prediction (H,W). Pixels whose target is `ignore_index` belong to no mask, predicted
     or not: both masks end where they begin.
     """
-    labelled = target != ignore_index
-    prediction = np.where(labelled, prediction, ignore_index).astype(np.uint8)
-    own, found = _boundary(target) & labelled, _boundary(prediction) & labelled
-    both = own & found & (target == prediction)
-    intersect, first, second = (
-        np.bincount(labels[area], minlength=num_classes)
-        for labels, area in ((target, both), (target, own), (prediction, found))
+    prediction = np.where(target == ignore_index, ignore_index, prediction).astype(np.uint8)
+    maps = (
+        np.where(_boundary(labels), labels, ignore_index).astype(np.uint8)
+        for labels in (target, prediction)
     )
-    return np.stack([intersect, first + second - intersect]).astype(np.int64)
+    pairs = _pairs(*maps)  # what is in no boundary counts as ignored
+    intersect = np.diag(pairs)[:num_classes]
+    own, found = pairs.sum(axis=1)[:num_classes], pairs.sum(axis=0)[:num_classes]
+    return np.stack([intersect, own + found - intersect]).astype(np.int64)
 
 
 def _boundary(labels: Array) -> NDArray[np.bool_]:

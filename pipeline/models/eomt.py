@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pipeline.models.backbones import BackboneParams, build_backbone, recomputed
 from pipeline.models.keyed import Keyed
-from pipeline.models.layers import resize
+from pipeline.models.layers import bands, resize, resized_band, taps
 from pipeline.models.losses import LossParams
 from pipeline.models.network import Labels, Network
 from pipeline.models.set_loss import Prediction, SetLoss, SetLossParams
@@ -21,7 +21,6 @@ from pipeline.models.vit import PATCH, VITS, ViT
 from pipeline.params import Positive, Probability, one_of
 
 POWER = 0.9  # of the annealing's polynomial
-BAND = 128  # rows of scores that are made at once
 
 
 class EoMTParams(SetLossParams):
@@ -209,22 +208,23 @@ class EoMT(Network):
     ) -> dict[str, Tensor]:
         return self.loss(outputs.predictions, outputs.extent, target, keys, divisors)
 
-    def scores(self, outputs: Outputs, size: tuple[int, int]) -> Tensor:
+    def scores(self, outputs: Outputs, size: tuple[int, int], rows: slice) -> Tensor:
         """A class's score is the sum over the queries of its probability times the mask's."""
         classes, masks = outputs.predictions[-1]
         exact = torch.promote_types(masks.dtype, torch.float32)
         shares = classes.to(exact).softmax(dim=2)[..., :-1]
-        masks = masks.to(exact)
-        down, along = (
-            Taps(size[axis], masks.shape[2 + axis], outputs.extent[axis], masks) for axis in (0, 1)
+        old = masks.shape[2]
+        height, width = (
+            round(side / share) for side, share in zip(size, outputs.extent, strict=True)
         )
-        scores = masks.new_empty(len(masks), shares.shape[2], *size)
-        for start in range(0, size[0], BAND):
-            rows = slice(start, start + BAND)
-            chances = along.take(down.take(masks, 2, rows), 3).sigmoid()
+        scores = []
+        for band in bands(rows, masks[:, :, 0, 0].numel() * width):  # there may be more queries
+            near = masks[:, :, taps(old, height, band)].to(exact)
+            chances = resized_band(near, old, (height, width), band)[..., : size[1]].sigmoid()
             with torch.autocast(masks.device.type, enabled=False):
-                scores[:, :, rows] = torch.einsum("nqc,nqhw->nchw", shares, chances)
-        return scores
+                found = chances.permute(0, 2, 3, 1).flatten(1, 2) @ shares  # (N, rows x W, C)
+            scores.append(found.view(len(found), -1, size[1], found.shape[2]))
+        return torch.cat(scores, dim=1).permute(0, 3, 1, 2)
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Scores are shares already; they are made to sum to one."""
@@ -245,23 +245,3 @@ class Upscale(nn.Module):
         """(N,width,h,w) -> (N,width,2h,2w)."""
         result: Tensor = self.norm(self.conv2(self.act(self.conv1(x))))
         return result
-
-
-class Taps:
-    """Along one axis, the two places that each new one lies between: bilinear, in bands.
-
-    The new places cover the share `extent` of the old; `like` tells type and device.
-    """
-
-    def __init__(self, new: int, old: int, extent: float, like: Tensor) -> None:
-        places = torch.arange(new, dtype=like.dtype, device=like.device) + 0.5
-        places = (places * (extent * old / new) - 0.5).clamp(min=0)
-        self.low = places.long().clamp(max=old - 1)
-        self.high = (self.low + 1).clamp(max=old - 1)
-        self.share = places - self.low
-
-    def take(self, x: Tensor, axis: int, band: slice = slice(None)) -> Tensor:
-        """The new places in the band, along that axis of (N,Q,h,w)."""
-        share = self.share[band].view([-1 if at == axis else 1 for at in range(x.dim())])
-        low, high = (x.index_select(axis, index[band]) for index in (self.low, self.high))
-        return low + (high - low) * share

@@ -1,10 +1,12 @@
-"""What the heads are made of."""
+"""What the heads are made of, and how maps are resized."""
 
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+BAND = 2**22  # elements of a large map that are made at once: 16 MiB of fp32, which caches like
 
 
 class ConvModule(nn.Sequential):
@@ -74,6 +76,40 @@ class PyramidPooling(nn.ModuleList):
 def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     """Bilinear, corners not aligned: (N,C,h,w) -> (N,C,H,W)."""
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+def bands(rows: slice, elements: int) -> list[slice]:
+    """The rows, of so many elements each, cut into bands of about `BAND` elements."""
+    height = max(BAND // elements, 1)
+    return [
+        slice(start, min(start + height, rows.stop))
+        for start in range(rows.start, rows.stop, height)
+    ]
+
+
+def taps(old: int, new: int, rows: slice) -> slice:
+    """Which of the old rows `rows` of the new ones lie between, or one more at either end."""
+    if old == new:
+        return rows
+    return slice(max(rows.start * old // new - 1, 0), min(rows.stop * old // new + 2, old))
+
+
+def resized_band(x: Tensor, old: int, size: tuple[int, int], rows: slice) -> Tensor:
+    """Those `rows` of what `resize` makes of a map (N,C,old,w): (N,C,rows,W), with `size` (H,W).
+
+    x (N,C,taps,w) has of the map only `taps(old, H, rows)`, and is at least fp32. Down, a product
+    with the weights makes just these rows; along, torch's own is the faster. The classes of a pixel
+    lie side by side in memory, where an argmax or a softmax finds them several times faster.
+    """
+    height, width = size
+    if old != height:
+        weights = bilinear_weights(old, height, x.dtype, x.device)[rows, taps(old, height, rows)]
+        number, classes, _, along = x.shape
+        lines = x.permute(0, 2, 3, 1).flatten(2)  # (N, taps, w x C)
+        with torch.autocast(x.device.type, enabled=False):
+            made = weights.expand(number, -1, -1).bmm(lines)
+        x = made.view(number, -1, along, classes).permute(0, 3, 1, 2)
+    return x if x.shape[3] == width else resize(x, (x.shape[2], width))
 
 
 def padded(x: Tensor, multiple: int) -> Tensor:

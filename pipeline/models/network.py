@@ -90,10 +90,12 @@ class Network(nn.Module, ABC):
         """
 
     @abstractmethod
-    def scores(self, outputs: Any, size: tuple[int, int]) -> Tensor:
-        """Outputs in evaluation mode -> a score of every class at every pixel, (N,C,*size).
+    def scores(self, outputs: Any, size: tuple[int, int], rows: slice) -> Tensor:
+        """Outputs in evaluation mode -> a score of every class at every pixel of some rows.
 
-        At least fp32. The highest is the prediction; where windows overlap, scores are averaged.
+        Of images of `size` (H,W), whose whole scores may be larger than all else: (N,C,rows,W), at
+        least fp32. `rows` has a start and a stop. The highest score is the prediction; where
+        windows overlap, scores are averaged.
         """
 
     def probabilities(self, scores: Tensor) -> Tensor:
@@ -101,4 +103,4 @@ class Network(nn.Module, ABC):
 
         Scores are taken for logits, as MMSegmentation's test-time augmentation does.
         """
-        return scores.softmax(dim=1)
+        return scores.movedim(1, -1).softmax(dim=-1).movedim(-1, 1)  # side by side: resized_band

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.models.backbones import BackboneParams, build_backbone
 from pipeline.models.keyed import KeyedDropout
-from pipeline.models.layers import ConvModule, padded, resize
+from pipeline.models.layers import ConvModule, padded, resize, resized_band, taps
 from pipeline.models.losses import Criterion, LossParams, labels_at
 from pipeline.models.network import Labels, Network
 from pipeline.params import AtLeast0, Fraction, Named
@@ -63,16 +63,23 @@ class MapNetwork(Network):
                 terms[output.name + name] = output.weight * term
         return terms
 
-    def scores(self, outputs: list[Output], size: tuple[int, int]) -> Tensor:
-        """The logits, (N,C,*size)."""
-        return self._whole(outputs[0].logits, size)
+    def scores(self, outputs: list[Output], size: tuple[int, int], rows: slice) -> Tensor:
+        """The logits of these rows, at least fp32: rounded to bf16, classes would tie."""
+        logits = outputs[0].logits
+        old, whole = logits.shape[2], self._padded(size)
+        near = logits[:, :, taps(old, whole[0], rows)]
+        exact = near.to(torch.promote_types(near.dtype, torch.float32))
+        return resized_band(exact, old, whole, rows)[..., : size[1]]
 
     def _whole(self, logits: Tensor, size: tuple[int, ...]) -> Tensor:
-        """Logits at the size of the image, at least fp32: rounded to bf16, classes would tie."""
+        """Logits at the size of the image, at least fp32."""
         height, width = size[-2:]
-        padded = [-(-side // self.multiple) * self.multiple for side in (height, width)]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return resize(logits, (padded[0], padded[1]))[:, :, :height, :width]
+        return resize(logits, self._padded((height, width)))[:, :, :height, :width]
+
+    def _padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        height, width = (-(-side // self.multiple) * self.multiple for side in size)
+        return height, width
 
 
 class HeadParams(Named):

@@ -44,7 +44,8 @@ FINISHED = "finished"  # the file that marks the state of the last finished trai
 # model.backbone.with_cp.
 # The md5 of the files that a training starts from stands for their names.
 NEUTRAL = {"gpus", "device", "workers", "work_dir", "load_from", "resume_from", "checkpoint"}
-# Of `evaluation`, what the validation during training obeys.
+# Of `evaluation`, what the result of the validation during training follows from. It obeys
+# batch_size, too, which changes its speed and memory alone.
 VALIDATION = {"interval", "mode", "crop", "stride"}
 
 

@@ -54,7 +54,11 @@ def learner_on_a_gpu(head: str, precision: str) -> Learner:
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Take away what needs a real device or a value by its nature, once the networks are built."""
-    kept = (layers._bin_weights, vit._resampling)  # which tensors they keep must not be fake
+    kept = (
+        layers._bin_weights,
+        layers.bilinear_weights,
+        vit._resampling,
+    )  # which tensors they keep must not be fake
 
     def forget() -> None:
         for cache in kept:
@@ -109,7 +113,8 @@ def test_an_evaluation_stays_on_its_device_and_never_waits(head: str, pretend: C
             learner.network, learner.normalize, learner.precision, scale=None, window=None
         )
         images = torch.empty(2, 64, 96, 3, dtype=torch.uint8, device=CUDA)
-        scores = predictor._score(learner.normalize(images))
+        view = predictor.view(learner.normalize(images))
+        scores = view.scores((64, 96), slice(0, 64))
         probabilities = learner.network.probabilities(scores)
     for result in (scores, probabilities):
         assert (result.device, result.dtype) == (CUDA, torch.float32)

@@ -470,12 +470,12 @@ def test_evaluation_masks_while_that_is_the_likelier() -> None:
 
 @pytest.mark.parametrize("size", [(48, 64), (50, 33), (16, 16), (5, 70)])
 def test_scores_are_those_of_a_plain_loop(size: tuple[int, int], monkeypatch: Any) -> None:
-    monkeypatch.setattr("pipeline.models.eomt.BAND", 20)
+    monkeypatch.setattr("pipeline.models.layers.BAND", 20 * 2 * 7 * 64)  # about 20 rows
     network = build("dinov2").eval()
     images = batch(size, 2)[0].float()
     with torch.no_grad():
         outputs = network(images)
-        scores = network.scores(outputs, size)
+        scores = network.scores(outputs, size, slice(0, size[0]))
     classes, masks = outputs.predictions[-1]
     padded = [-(-side // 16) * 16 for side in size]
     whole = F.interpolate(masks, padded, mode="bilinear")[:, :, : size[0], : size[1]].sigmoid()
@@ -488,7 +488,7 @@ def test_scores_are_those_of_a_plain_loop(size: tuple[int, int], monkeypatch: An
     assert torch.allclose(scores, expected, atol=1e-5)
     probabilities = network.probabilities(scores)
     assert torch.allclose(probabilities.sum(1), torch.ones(2, *size), atol=1e-6)
-    larger = network.scores(outputs, (2 * size[0], 3 * size[1]))
+    larger = network.scores(outputs, (2 * size[0], 3 * size[1]), slice(0, 2 * size[0]))
     assert larger.shape == (2, 3, 2 * size[0], 3 * size[1])
 
 
@@ -525,9 +525,9 @@ def test_bf16_keeps_points_and_losses_exact() -> None:
     network.eval()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         outputs = network(images.float())
-        scores = network.scores(outputs, (48, 64))
+        scores = network.scores(outputs, (48, 64), slice(0, 48))
     assert scores.dtype == torch.float32
-    assert torch.equal(scores, network.scores(outputs, (48, 64)))
+    assert torch.equal(scores, network.scores(outputs, (48, 64), slice(0, 48)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,12 +7,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.data.store import Entry, Split
-from pipeline.evaluation.inference import Predictor, evaluate, predictions, slide
+from pipeline.data.transforms import resized
+from pipeline.evaluation.inference import Predictor, evaluate, predictions
 from pipeline.evaluation.metrics import boundary_areas, confusion_matrix, mean_iou
+from pipeline.models import layers
 from pipeline.models.network import Network
 from pipeline.precision import PRECISIONS, Normalization
+from tests.unit.sections import build
+from tests.unit.test_models import HEADS_ON, options
 
 
 class Stub(Network):
@@ -36,9 +43,9 @@ class Stub(Network):
     def losses(self, *arguments: object) -> dict[str, Tensor]:
         raise AssertionError("an evaluation learns nothing")
 
-    def scores(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
+    def scores(self, outputs: Tensor, size: tuple[int, int], rows: slice) -> Tensor:
         assert outputs.shape[2:] == size
-        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        return outputs[:, :, rows].to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 def image(seed: int, height: int, width: int) -> np.ndarray:
@@ -50,6 +57,19 @@ def predictor(model: nn.Module, **changes: object) -> Predictor:
     normalize = Normalization((100, 110, 120), (50, 60, 70), precision=precision, device=cpu)
     given = {"precision": precision, "scale": None, "window": None}
     return Predictor(model, normalize, **(given | changes))
+
+
+def slide(
+    model: nn.Module, images: Tensor, crop: tuple[int, int], stride: tuple[int, int]
+) -> Tensor:
+    """The whole scores of normalised images, by a sliding window."""
+    height, width = images.shape[2:]
+    view = predictor(model, window=(crop, stride)).view(images)
+    return view.scores((height, width), slice(0, height))
+
+
+def whole_scores(predictor: Predictor, pictures: list[np.ndarray]) -> Tensor:
+    return torch.cat(list(predictor.scores(pictures)), dim=2)
 
 
 def as_input(picture: np.ndarray) -> Tensor:
@@ -163,8 +183,7 @@ def test_scales_and_flips_are_averaged_as_a_plain_loop_does(
             total += logits.softmax(1)
     total /= len(sizes) * (2 if flip else 1)
     averaging = predictor(model, scale=scale, window=window, scales=ratios, flip=flip)
-    with torch.no_grad():
-        assert torch.allclose(averaging.scores([picture]), total, rtol=0, atol=1e-5)
+    assert torch.allclose(whole_scores(averaging, [picture]), total, rtol=0, atol=1e-5)
     (found,) = averaging.predict([picture])
     assert np.array_equal(found, total[0].argmax(0).numpy())
     (single,) = predictor(model, scale=scale, window=window).predict([picture])
@@ -173,11 +192,116 @@ def test_scales_and_flips_are_averaged_as_a_plain_loop_does(
 
 def test_one_view_has_its_logits_for_scores_and_several_have_probabilities():
     model, picture = Stub(), image(4, 9, 14)
-    (scores,) = predictor(model).scores([picture])
+    (scores,) = whole_scores(predictor(model), [picture])
     assert torch.allclose(scores, model(as_input(picture))[0], rtol=0, atol=1e-12)
-    (scores,) = predictor(model, precision="bf16", scales=(1.0, 0.5)).scores([picture])
+    averaging = predictor(model, precision="bf16", scales=(1.0, 0.5))
+    (scores,) = whole_scores(averaging, [picture])
     assert scores.dtype == torch.float32
     assert torch.allclose(scores.sum(0), torch.ones(9, 14))
+
+
+VIEWS: dict[str, dict[str, object]] = {
+    "whole": {},
+    "slide": {"window": ((32, 48), (21, 31))},
+    "scaled": {"scale": (90, 64)},
+    "several": {"scales": (0.5, 1.0, 1.75), "flip": True},
+    "slide several": {"window": ((32, 48), (32, 48)), "scales": (0.5, 1.3), "flip": True},
+}
+
+
+def network(head: str, classes: int) -> Network:
+    """Of double precision, in evaluation mode; its logits are smaller than the image."""
+    model = build(options(head, **{"backbone.name": HEADS_ON[head]}), classes)
+    return model.double().eval()
+
+
+@torch.no_grad()
+def plain_scores(predictor: Predictor, pictures: list[np.ndarray]) -> Tensor:
+    """What `Predictor.scores` gives, from the whole scores of every window and view."""
+    model, shape = predictor.network, pictures[0].shape[:2]
+
+    def whole(images: Tensor) -> Tensor:
+        size, outputs = tuple(images.shape[2:]), model(images)
+        if isinstance(outputs, list):  # a map of logits
+            logits = outputs[0].logits
+            padded = [-(-side // model.multiple) * model.multiple for side in size]
+            assert logits.shape[2] < size[0]
+            return F.interpolate(logits, padded, mode="bilinear")[..., : size[0], : size[1]]
+        return model.scores(outputs, size, slice(0, size[0]))
+
+    def view(images: Tensor) -> Tensor:
+        if predictor.window is None:
+            return whole(images)
+        size, (crop, stride) = images.shape[2:], predictor.window
+        total, count = 0.0, torch.zeros(*size)
+        for top in sorted({min(y, max(size[0] - crop[0], 0)) for y in range(0, 999, stride[0])}):
+            for left in sorted(
+                {min(x, max(size[1] - crop[1], 0)) for x in range(0, 999, stride[1])}
+            ):
+                scores = whole(images[..., top : top + crop[0], left : left + crop[1]])
+                right = size[1] - left - scores.shape[3]
+                total = total + F.pad(scores, (left, right, top, size[0] - top - scores.shape[2]))
+                count[top : top + crop[0], left : left + crop[1]] += 1
+        return total / count
+
+    found = []
+    for ratio in predictor.scales:
+        size = resized(shape, predictor.scale, ratio)
+        images = torch.cat([as_input(cv2.resize(one, size[::-1])) for one in pictures])
+        for mirrored in (False, True) if predictor.flip else (False,):
+            scores = view(images.flip(3)).flip(3) if mirrored else view(images)
+            found.append(F.interpolate(scores, shape, mode="bilinear"))
+    if len(found) == 1:
+        return found[0]
+    return torch.stack([model.probabilities(scores) for scores in found]).mean(dim=0)
+
+
+@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("head", ["pspnet", "linear", "eomt"])
+def test_a_prediction_by_bands_is_that_of_whole_scores(
+    head: str, views: str, monkeypatch: pytest.MonkeyPatch
+):
+    height, width, classes = 45, 67, 5  # linear and eomt pad this
+    pictures = [image(seed, height, width) for seed in (5, 6)]
+    averaging = predictor(network(head, classes), **VIEWS[views])
+    expected = plain_scores(averaging, pictures)
+    for rows in (1, 7, height):
+        monkeypatch.setattr(layers, "BAND", rows * 2 * classes * width)
+        bands = list(averaging.scores(pictures))
+        assert [band.shape[2] for band in bands[:-1]] == [rows] * ((height - 1) // rows)
+        assert torch.allclose(torch.cat(bands, dim=2), expected, rtol=0, atol=1e-9)
+        found = averaging.predict(pictures)
+        assert np.array_equal(found, expected.argmax(dim=1).numpy())
+
+
+class Largest(TorchDispatchMode):
+    """How many elements the largest result of any operation has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [one.numel() for one in tree_leaves(result) if isinstance(one, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("head", ["pspnet", "segformer", "eomt"])
+def test_no_tensor_of_a_prediction_is_as_large_as_the_whole_scores(
+    head: str, views: str, monkeypatch: pytest.MonkeyPatch
+):
+    classes, height, width = 150, 64, 96
+    monkeypatch.setattr(layers, "BAND", classes * 4 * width)
+    pictures = [image(7, height, width)]
+    averaging = predictor(network(head, classes), **VIEWS[views])
+    averaging.predict(pictures)  # makes the weights that are kept
+    with Largest() as largest:
+        averaging.predict(pictures)
+    assert largest.elements < classes * height * width / 2
+    with Largest() as largest:
+        whole_scores(averaging, pictures)
+    assert largest.elements == classes * height * width
 
 
 SIZES = [(9, 14), (9, 14), (9, 14), (14, 9), (9, 14), (5, 5), (5, 5)]
@@ -198,7 +322,7 @@ def split(tmp_path: Path) -> Split:
 def test_batches_hold_one_size_and_change_no_prediction(split: Split):
     model = Stub().train()
     indices = [0, 1, 2, 3, 4, 5, 6]
-    batched = list(predictions(predictor(model), split, indices, batch_size=2))
+    batched = list(predictions(predictor(model, batch_size=2), split, indices))
     assert not model.training
     assert model.sizes == [
         (n, 3, h, w) for n, h, w in [(2, 9, 14), (1, 9, 14), (1, 14, 9), (1, 9, 14), (2, 5, 5)]
@@ -218,7 +342,9 @@ def test_an_evaluation_sums_every_image_once(split: Split):
     confusion, boundary, scores = evaluate(predictor(model), split, 4, 255)
     assert np.array_equal(confusion, expected)
     assert not boundary.any()
-    confusion, boundary, _ = evaluate(predictor(model), split, 4, 255, 2, boundaries=True)
+    confusion, boundary, _ = evaluate(
+        predictor(model, batch_size=2), split, 4, 255, boundaries=True
+    )
     assert np.array_equal(confusion, expected)
     assert np.array_equal(boundary, sum(boundary_areas(*pair, 4, 255) for pair in pairs))
     assert scores == [(index, mean_iou(matrix)) for index, matrix in enumerate(matrices)]

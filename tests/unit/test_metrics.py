@@ -9,6 +9,7 @@ import torch
 from torchmetrics.functional import classification as tm
 
 from pipeline.data.store import Entry, Split
+from pipeline.evaluation import metrics
 from pipeline.evaluation.baseline import colour_rule
 from pipeline.evaluation.metrics import (
     boundary_areas,
@@ -35,6 +36,27 @@ def test_an_ignore_index_between_the_classes_and_255_is_left_out_too():
         [1, 0],
         [0, 1],
     ]
+
+
+def test_the_confusion_matrix_of_every_id_is_that_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    target, prediction = rng.integers(0, 255, (2, 60, 70)).astype(np.uint8)
+    target[rng.random(target.shape) < 0.1] = 255
+    expected = np.zeros((255, 255), np.int64)
+    for label, found in zip(target.flat, prediction.flat, strict=True):
+        if label != 255:
+            expected[label, found] += 1
+    assert np.array_equal(confusion_matrix(target, prediction, 255, 255), expected)
+    monkeypatch.setattr(metrics, "EXACT", 7 * 70)  # counted in parts, the last one smaller
+    assert np.array_equal(confusion_matrix(target, prediction, 255, 255), expected)
+    parts = [target[:, ::2], prediction[:, ::2]]  # side by side in memory they needn't lie
+    assert confusion_matrix(*parts, 255, 255).sum() == (parts[0] != 255).sum()
+
+
+def test_more_pixels_than_fp32_can_count_are_counted():
+    target = np.zeros((4097, 4097), np.uint8)
+    assert confusion_matrix(target, target, 2, 255).tolist() == [[4097**2, 0], [0, 0]]
+    assert int(np.float32(4097**2)) != 4097**2
 
 
 def test_scores_by_hand():

@@ -84,10 +84,16 @@ def test_every_model_keeps_the_contract(head: str, backbone: str):
     assert without == []
     model.eval()
     with torch.inference_mode():
-        scores = model.scores(model(images), (65, 97))
+        outputs, size, rows = model(images), (65, 97), slice(0, 65)
+        scores = model.scores(outputs, size, rows)
         assert scores.shape == (4, 5, 65, 97)
-        assert model.scores(model(images[:1, :, :64, :32]), (64, 32)).shape == (1, 5, 64, 32)
-        assert torch.allclose(scores[:1], model.scores(model(images[:1]), (65, 97)), atol=1e-5)
+        smaller = model(images[:1, :, :64, :32])
+        assert model.scores(smaller, (64, 32), slice(0, 64)).shape == (1, 5, 64, 32)
+        alone = model.scores(model(images[:1]), size, rows)
+        assert torch.allclose(scores[:1], alone, atol=1e-5)
+        for start, stop in ((0, 1), (7, 20), (33, 64), (64, 65)):
+            band = model.scores(outputs, size, slice(start, stop))
+            assert torch.allclose(band, scores[:, :, start:stop], atol=1e-5)
         total = model.probabilities(scores).sum(dim=1)
         assert torch.allclose(total, torch.ones_like(total))
 
@@ -129,7 +135,8 @@ def test_a_network_of_the_library_keeps_the_contract(name: str):
     torch.manual_seed(1)
     assert torch.equal(model(images, keys)[0].logits, outputs[0].logits)  # its dropout has keys
     with torch.inference_mode():
-        assert model.eval().scores(model(images[:, :, :33, :70]), (33, 70)).shape == (2, 5, 33, 70)
+        outputs = model.eval()(images[:, :, :33, :70])
+        assert model.scores(outputs, (33, 70), slice(0, 33)).shape == (2, 5, 33, 70)
     backbone = {id(parameter) for parameter in model.backbone.parameters()}
     assert 0 < len(backbone) < len(list(model.parameters()))
     loss.backward()
