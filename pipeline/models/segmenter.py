@@ -55,11 +55,12 @@ class MapNetwork(Network):
         terms = {}
         for output in outputs:
             if output.points is None:
-                logits, labels, counts = self._whole(output.logits, target.shape), target, divisors
+                found = self.criterion(output.logits, target, divisors, self._padded(target.shape))
             else:  # as many points in every image, labelled or not
-                logits, labels = output.logits, labels_at(target, output.points)
+                labels = labels_at(target, output.points)
                 counts = self.criterion.divisors_of_points(divisors, labels.shape[1])
-            for name, term in self.criterion(logits, labels, counts).items():
+                found = self.criterion(output.logits, labels, counts)
+            for name, term in found.items():
                 terms[output.name + name] = output.weight * term
         return terms
 
@@ -70,9 +71,13 @@ class MapNetwork(Network):
     def _whole(self, logits: Tensor, size: tuple[int, ...]) -> Tensor:
         """Logits at the size of the image, at least fp32: rounded to bf16, classes would tie."""
         height, width = size[-2:]
-        padded = [-(-side // self.multiple) * self.multiple for side in (height, width)]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return resize(logits, (padded[0], padded[1]))[:, :, :height, :width]
+        return resize(logits, self._padded(size))[:, :, :height, :width]
+
+    def _padded(self, size: tuple[int, ...]) -> tuple[int, int]:
+        """The size, of which the last two are read, as `forward` pads it."""
+        height, width = (-(-side // self.multiple) * self.multiple for side in size[-2:])
+        return height, width
 
 
 class HeadParams(Named):
