@@ -1,7 +1,9 @@
 """The loss of a map of logits: terms over pixels and terms over images, each a sum divided once."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -14,8 +16,10 @@ from pydantic import (
     model_validator,
 )
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from pipeline.models.layers import bilinear_weights, resize
 from pipeline.params import Above0, AtLeast0, Positive, Probability, Section
 
 # Logits, target, ignore_index and the weights of the classes -> a sum.
@@ -25,6 +29,9 @@ ImageLoss = Callable[[Tensor, Tensor], Tensor]
 # images.
 DIVISORS = {"cross_entropy": 0, "ohem": 0, "focal": 1, "dice": 2, "lovasz": 2, "tversky": 2}
 WEIGHED = ("cross_entropy", "ohem")  # by class_weights
+# How many logits of a map are made at a time: on the CPU as many as its caches hold, on a GPU so
+# many that a kernel takes longer than its launch.
+TILE_ON_CPU, TILE_ON_GPU = 2**19, 2**23
 
 
 class LossParams(Section):
@@ -99,7 +106,7 @@ class Criterion(nn.Module):
         self.register_buffer("counts", counts, persistent=False)
         self.register_buffer("class_weights", class_weights, persistent=False)
         self._ignore_index = ignore_index
-        self._terms = [(name, weight, _term(name, params)) for name, weight in params.terms.items()]
+        self._terms = {name: (weight, _term(name, params)) for name, weight in params.terms.items()}
 
     def count(self, target: Tensor) -> Tensor:
         """A target's part in the divisors: (N,H,W) uint8 -> (3,) fp64, see DIVISORS.
@@ -117,18 +124,35 @@ class Criterion(nn.Module):
         images = divisors[2]
         return torch.stack([images * points, images * points, images])
 
-    def forward(self, logits: Tensor, target: Tensor, divisors: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        divisors: Tensor,
+        size: tuple[int, int] | None = None,
+    ) -> dict[str, Tensor]:
         """This batch's part in each term of the global one, whose counts are `divisors`.
 
-        logits (N,C,...) of any precision, target (N,...) of class ids -> fp64 scalars.
+        logits of any precision, target of class ids -> fp64 scalars. A map (N,C,h,w) is resized to
+        `size`, None for its own, and cut at the bottom and the right to the target (N,H,W); logits
+        at points (N,C,P) have a target (N,P). Cross entropy needs no resized map. The other terms
+        do, and share it.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return {
-            name: weight
-            * term(logits, target, self._ignore_index, self.class_weights).double()
-            / divisors[DIVISORS[name]]
-            for name, weight, term in self._terms
-        }
+        is_map = logits.dim() == 4
+        whole = logits
+        if is_map and self._terms.keys() != {"cross_entropy"}:
+            height, width = target.shape[1:]
+            whole = (logits if size is None else resize(logits, size))[:, :, :height, :width]
+        terms = {}
+        for name, (weight, term) in self._terms.items():
+            if is_map and name == "cross_entropy":
+                term, given = partial(map_cross_entropy_sum, size=size), logits
+            else:
+                given = whole
+            total = term(given, target, self._ignore_index, self.class_weights)
+            terms[name] = weight * total.double() / divisors[DIVISORS[name]]
+        return terms
 
 
 def labels_at(target: Tensor, points: Tensor) -> Tensor:
@@ -176,6 +200,102 @@ def cross_entropy_sum(
         ignore_index=ignore_index,
         reduction="sum",
     )
+
+
+def map_cross_entropy_sum(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    class_weights: Tensor | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """`cross_entropy_sum` of a map that is resized to `size`, None for its own, without making it.
+
+    logits (N,C,h,w), target (N,H,W) uint8, which is the upper left part of `size` -> fp64 scalar.
+    """
+    known = target != ignore_index
+    labels = torch.where(known, target, 0).long()
+    weights = known.to(logits.dtype)
+    if class_weights is not None:
+        weights = weights * class_weights.to(logits.dtype)[labels]
+    total: Tensor = _MapCrossEntropy.apply(logits, labels, weights, size or logits.shape[2:])
+    return total
+
+
+class _MapCrossEntropy(torch.autograd.Function):
+    """The weighted sum over all pixels, from one tile of one image at a time.
+
+    A tile's logits are made, added up, turned into their gradient, which is softmax minus one-hot,
+    and taken back to the small logits, all at once: nothing as large as the map is ever there.
+    Resizing and its gradient are products with the matrices of `bilinear_weights`, which, unlike
+    the backward of torch's own, are deterministic on CUDA. How large a tile is follows from the
+    number of classes alone, so that neither batch size nor ranks change an image's part.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor, size: tuple[int, int]
+    ) -> Tensor:
+        """Logits (N,C,h,w), labels (N,H,W) int64, weights (N,H,W), 0 for ignored pixels."""
+        classes, *old = logits.shape[1:]
+        resized = tuple(old) != tuple(size)
+        rows, columns = (
+            bilinear_weights(before, after, logits.dtype, logits.device)
+            for before, after in zip(old, size)
+        )
+        elements = TILE_ON_CPU if logits.device.type == "cpu" else TILE_ON_GPU
+        side = max(16, math.isqrt(elements // classes) // 16 * 16)  # whole registers of numbers
+        ys, xs = (_slices(end, side, *sides) for end, *sides in zip(labels.shape[1:], old, size))
+        gradient = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
+        total = logits.new_zeros((), dtype=torch.float64)
+        with torch.autocast(logits.device.type, enabled=False):
+            for n, (y, small_y), (x, small_x) in product(range(len(logits)), ys, xs):
+                if resized:
+                    down, across = rows[y, small_y], columns[x, small_x]
+                    small = logits[n, :, small_y, small_x]
+                    lines = small.reshape(-1, across.shape[1]) @ across.T  # one product of them all
+                    tile = down @ lines.view(classes, -1, across.shape[0])
+                else:
+                    tile = logits[n, :, y, x]
+                tile = tile.log_softmax(dim=0)  # (C, rows, columns)
+                label, weight = labels[n, None, y, x], weights[n, None, y, x]
+                own = tile.gather(0, label)
+                total -= (own * weight).sum(dtype=torch.float64)
+                if gradient is None:
+                    continue
+                # 2 ** x takes half the time of exp, which torch leaves to MKL on a CPU.
+                tile.mul_(1 / math.log(2)).exp2_().mul_(weight)
+                tile.scatter_(0, label, own.expm1() * weight)
+                if resized:
+                    lines = (down.T @ tile).view(-1, across.shape[0]) @ across
+                    gradient[n, :, small_y, small_x] += lines.view(small.shape)
+                else:
+                    gradient[n, :, y, x] = tile
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient of the sum, by that of the loss, a scalar."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * scale.to(gradient.dtype), None, None, None
+
+
+def _slices(end: int, step: int, old: int, new: int) -> list[tuple[slice, slice]]:
+    """Parts of the places before `end` in a side resized from old to new, and where they are read.
+
+    The centre of the new place i is at (i + 1/2) * old / new - 1/2 among the old ones, and lies
+    between two of them.
+    """
+    found = []
+    for start in range(0, end, step):
+        stop = min(start + step, end)
+        first = ((2 * start + 1) * old - new) // (2 * new)
+        last = ((2 * stop - 1) * old - new) // (2 * new) + 1
+        found.append((slice(start, stop), slice(max(first, 0), min(last + 1, old))))
+    return found
 
 
 def ohem_sum(

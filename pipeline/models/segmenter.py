@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.models.backbones import BackboneParams, build_backbone
 from pipeline.models.keyed import KeyedDropout
-from pipeline.models.layers import ConvModule, padded, resize, resized_band, taps
+from pipeline.models.layers import ConvModule, padded, resized_band, taps
 from pipeline.models.losses import Criterion, LossParams, labels_at
 from pipeline.models.network import Labels, Network
 from pipeline.params import AtLeast0, Fraction, Named
@@ -55,11 +55,12 @@ class MapNetwork(Network):
         terms = {}
         for output in outputs:
             if output.points is None:
-                logits, labels, counts = self._whole(output.logits, target.shape), target, divisors
+                found = self.criterion(output.logits, target, divisors, self._padded(target.shape))
             else:  # as many points in every image, labelled or not
-                logits, labels = output.logits, labels_at(target, output.points)
+                labels = labels_at(target, output.points)
                 counts = self.criterion.divisors_of_points(divisors, labels.shape[1])
-            for name, term in self.criterion(logits, labels, counts).items():
+                found = self.criterion(output.logits, labels, counts)
+            for name, term in found.items():
                 terms[output.name + name] = output.weight * term
         return terms
 
@@ -71,14 +72,9 @@ class MapNetwork(Network):
         exact = near.to(torch.promote_types(near.dtype, torch.float32))
         return resized_band(exact, old, whole, rows)[..., : size[1]]
 
-    def _whole(self, logits: Tensor, size: tuple[int, ...]) -> Tensor:
-        """Logits at the size of the image, at least fp32."""
-        height, width = size[-2:]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return resize(logits, self._padded((height, width)))[:, :, :height, :width]
-
-    def _padded(self, size: tuple[int, int]) -> tuple[int, int]:
-        height, width = (-(-side // self.multiple) * self.multiple for side in size)
+    def _padded(self, size: tuple[int, ...]) -> tuple[int, int]:
+        """The size, of which the last two are read, as `forward` pads it."""
+        height, width = (-(-side // self.multiple) * self.multiple for side in size[-2:])
         return height, width
 
 

@@ -54,11 +54,8 @@ def learner_on_a_gpu(head: str, precision: str) -> Learner:
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Take away what needs a real device or a value by its nature, once the networks are built."""
-    kept = (
-        layers._bin_weights,
-        layers.bilinear_weights,
-        vit._resampling,
-    )  # which tensors they keep must not be fake
+    # The tensors that these keep must not be fake.
+    kept = (layers._bin_weights, layers.bilinear_weights, vit._resampling)
 
     def forget() -> None:
         for cache in kept:
