@@ -29,8 +29,9 @@ ImageLoss = Callable[[Tensor, Tensor], Tensor]
 # images.
 DIVISORS = {"cross_entropy": 0, "ohem": 0, "focal": 1, "dice": 2, "lovasz": 2, "tversky": 2}
 WEIGHED = ("cross_entropy", "ohem")  # by class_weights
-# How many logits of a map are made at a time: on the CPU as many as its caches hold, on a GPU so
-# many that a kernel takes longer than its launch.
+# How many logits of a map are made at a time. On the CPU as many as its caches hold: of 150 classes
+# 2**18 to 2**20 take about the same time, 2**17 twice as long. On a GPU so many that a kernel takes
+# longer than its launch; that is an estimate.
 TILE_ON_CPU, TILE_ON_GPU = 2**19, 2**23
 
 
@@ -135,8 +136,8 @@ class Criterion(nn.Module):
 
         logits of any precision, target of class ids -> fp64 scalars. A map (N,C,h,w) is resized to
         `size`, None for its own, and cut at the bottom and the right to the target (N,H,W); logits
-        at points (N,C,P) have a target (N,P). Cross entropy needs no resized map. The other terms
-        do, and share it.
+        at points (N,C,P) have a target (N,P). The resized map is made once for all terms that need
+        it. The cross entropy does not.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         is_map = logits.dim() == 4
@@ -147,10 +148,11 @@ class Criterion(nn.Module):
         terms = {}
         for name, (weight, term) in self._terms.items():
             if is_map and name == "cross_entropy":
-                term, given = partial(map_cross_entropy_sum, size=size), logits
+                total = map_cross_entropy_sum(
+                    logits, target, self._ignore_index, self.class_weights, size=size
+                )
             else:
-                given = whole
-            total = term(given, target, self._ignore_index, self.class_weights)
+                total = term(whole, target, self._ignore_index, self.class_weights)
             terms[name] = weight * total.double() / divisors[DIVISORS[name]]
         return terms
 
@@ -237,15 +239,16 @@ class _MapCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor, size: tuple[int, int]
     ) -> Tensor:
-        """Logits (N,C,h,w), labels (N,H,W) int64, weights (N,H,W), 0 for ignored pixels."""
+        """Logits (N,C,h,w), labels (N,H,W) int64, weights (N,H,W), 0 for ignored pixels -> fp64."""
         classes, *old = logits.shape[1:]
         resized = tuple(old) != tuple(size)
-        rows, columns = (
-            bilinear_weights(before, after, logits.dtype, logits.device)
-            for before, after in zip(old, size)
-        )
+        if resized:
+            rows, columns = (
+                bilinear_weights(before, after, logits.dtype, logits.device)
+                for before, after in zip(old, size)
+            )
         elements = TILE_ON_CPU if logits.device.type == "cpu" else TILE_ON_GPU
-        side = max(16, math.isqrt(elements // classes) // 16 * 16)  # whole registers of numbers
+        side = max(16, math.isqrt(elements // classes) // 16 * 16)  # 16 numbers fill a register
         ys, xs = (_slices(end, side, *sides) for end, *sides in zip(labels.shape[1:], old, size))
         gradient = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
         total = logits.new_zeros((), dtype=torch.float64)

@@ -7,13 +7,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
+from pipeline.models import losses
 from pipeline.models.losses import (
     Criterion,
     LossParams,
     cross_entropy_sum,
+    map_cross_entropy_sum,
     median_frequency_weights,
 )
+from pipeline.training.loop import train_step
+from tests.unit.sections import learner_of, params
 
 TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz", "tversky")
 
@@ -170,3 +177,149 @@ def test_every_term_has_a_name_and_its_weight():
 
 def test_a_class_that_train_does_not_show_has_no_balanced_weight():
     assert median_frequency_weights([0.5, 0.0, 0.1]) == pytest.approx([0.6, 0.0, 3.0])
+
+
+def small(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Logits, of which some differ by far."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = 5 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return drawn.to(dtype).requires_grad_()
+
+
+def drawn_target(shape: tuple[int, int, int], num_classes: int) -> Tensor:
+    """Class ids, a fifth of them ignored."""
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randint(0, num_classes, shape, generator=generator).to(torch.uint8)
+    target[torch.rand(shape, generator=generator) < 0.2] = 255
+    return target
+
+
+# Small logits, the size they are resized to, the size of the target.
+SIZES = {
+    "stride 8": ((2, 5, 8, 12), (64, 96), (64, 96)),
+    "odd": ((3, 4, 9, 13), (65, 97), (65, 97)),
+    "padded": ((2, 5, 6, 7), (84, 98), (75, 97)),
+    "one row": ((1, 3, 1, 5), (33, 20), (33, 20)),
+    "smaller": ((2, 3, 40, 50), (17, 23), (17, 23)),
+    "the same": ((2, 5, 37, 41), (37, 41), (37, 41)),
+    "the same, cut": ((2, 5, 37, 41), (37, 41), (30, 33)),
+}
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("weights", [None, (0.5, 2.0, 1.0, 0.0, 3.0)])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_the_cross_entropy_of_a_map_is_torchs_of_the_resized_one(
+    sizes: tuple[tuple[int, ...], tuple[int, int], tuple[int, int]],
+    dtype: torch.dtype,
+    error: float,
+    weights: tuple[float, ...] | None,
+    memory: torch.memory_format,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    shape, size, cut = sizes
+    monkeypatch.setattr(losses, "TILE_ON_CPU", 32 * 32 * shape[1])  # several, the last ones smaller
+    logits = small(*shape, dtype=dtype)
+    target = drawn_target((shape[0], *cut), shape[1])
+    by_class = None if weights is None else torch.tensor(weights[: shape[1]], dtype=torch.float64)
+    given = logits.contiguous(memory_format=memory)
+    ours = map_cross_entropy_sum(given, target, 255, by_class, size=size)
+    (gradient,) = torch.autograd.grad(3 * ours, logits)
+
+    exact = logits.detach().double().requires_grad_()
+    resized = F.interpolate(exact, size, mode="bilinear")[:, :, : cut[0], : cut[1]]
+    theirs = F.cross_entropy(resized, target.long(), by_class, ignore_index=255, reduction="sum")
+    (expected,) = torch.autograd.grad(3 * theirs, exact)
+    assert (ours.dtype, gradient.dtype) == (torch.float64, dtype)
+    assert ours.item() == pytest.approx(theirs.item(), rel=error)
+    assert (gradient - expected).abs().max() < error * expected.abs().max()
+    with torch.no_grad():
+        assert torch.equal(map_cross_entropy_sum(given, target, 255, by_class, size=size), ours)
+
+
+@pytest.mark.parametrize(("size", "cut"), [((12, 15), (11, 13)), ((4, 5), (4, 5))])
+def test_the_gradient_of_a_map_is_that_of_finite_differences(
+    size: tuple[int, int], cut: tuple[int, int]
+):
+    target, weights = drawn_target((2, *cut), 3), torch.tensor([1.0, 0.5, 2.0])
+    assert torch.autograd.gradcheck(
+        lambda logits: map_cross_entropy_sum(logits, target, 255, weights, size=size),
+        small(2, 3, 4, 5),
+    )
+
+
+def test_an_image_has_the_same_part_in_the_loss_in_any_batch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(losses, "TILE_ON_CPU", 32 * 32 * 5)
+    logits, target = small(3, 5, 8, 12, dtype=torch.float32), drawn_target((3, 64, 96), 5)
+
+    def gradient(part: slice) -> Tensor:
+        loss = map_cross_entropy_sum(logits[part], target[part], 255, size=(64, 96))
+        return torch.autograd.grad(loss, logits)[0][part]
+
+    assert torch.equal(gradient(slice(0, 3))[1:], gradient(slice(1, 3)))
+
+
+def test_autocast_changes_nothing_about_the_cross_entropy_of_a_map():
+    logits, target = small(2, 5, 8, 12, dtype=torch.bfloat16), drawn_target((2, 64, 96), 5)
+    one, counts = criterion("cross_entropy"), torch.ones(3)
+    (plain,) = one(logits, target, counts, (64, 96)).values()
+    with torch.autocast("cpu", torch.bfloat16):
+        (under,) = one(logits, target, counts, (64, 96)).values()
+    assert torch.equal(plain, under)
+    (gradient,) = torch.autograd.grad(under, logits)
+    assert gradient.dtype == torch.bfloat16
+
+
+def test_terms_of_whole_maps_and_those_that_need_none_see_the_same_map():
+    logits, target = small(2, 2, 4, 6), drawn_target((2, 29, 47), 2)
+    one = criterion("cross_entropy", "dice", "focal", "ohem", ohem_threshold=1.0)
+    terms = one(logits, target, one.count(target), (32, 48))
+    resized = F.interpolate(logits, (32, 48), mode="bilinear")[:, :, :29, :47]
+    for name, term in one(resized, target, one.count(target)).items():
+        assert terms[name].item() == pytest.approx(term.item(), rel=1e-12), name
+    assert terms["ohem"].item() == pytest.approx(terms["cross_entropy"].item(), rel=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements that any result has."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        results = function(*arguments, **(options or {}))
+        for result in tree_flatten(results)[0]:
+            if isinstance(result, Tensor):
+                self.elements = max(self.elements, result.numel())
+        return results
+
+
+@pytest.mark.parametrize(
+    ("changes", "whole"),
+    [
+        ({}, False),
+        ({"model.loss.class_weights": "balanced"}, False),
+        ({"model.head.name": "pointrend", "model.head.train_points": 64}, False),
+        ({"model.loss.dice": 1.0}, True),
+    ],
+)
+def test_a_step_makes_no_tensor_of_the_size_of_the_whole_logits(
+    changes: dict[str, Any], whole: bool
+):
+    fcn = {"model.head.name": "fcn", "model.head.aux_weight": 0.4, "model.head.channels": 8}
+    resnet = {"model.backbone.name": "resnet18", "model.backbone.pretrained": None}
+    learner = learner_of(params(fcn | resnet | changes), 150)
+    side = 192
+    batch = (
+        torch.zeros(2, 3, side, side, dtype=torch.uint8),
+        drawn_target((2, side, side), 150),
+        torch.arange(2),
+    )
+    with Largest() as largest:
+        train_step(learner, batch, accumulation=1)
+    logits = 2 * 150 * side * side
+    # The weights of a convolution have 2.4 million elements, the logits 11.
+    assert (largest.elements >= logits) == whole
+    assert whole or largest.elements < logits / 4
