@@ -13,7 +13,7 @@ Array = NDArray[np.uint8]
 
 
 def photograph(rng: np.random.Generator, height: int, width: int) -> Array:
-    """(H,W,3): smooth colours, coarse and fine texture, and noise; as a JPEG 60-90 KB at 683x512."""
+    """(H,W,3): smooth colours, coarse and fine texture, and noise; as a JPEG 60 KB at 683x512."""
     image = np.zeros((height, width, 3), np.float32)
     for cell, strength in ((96, 90.0), (24, 40.0), (6, 14.0)):
         coarse = rng.standard_normal((height // cell + 2, width // cell + 2, 3)).astype(np.float32)

@@ -58,7 +58,7 @@ class Side:
         own = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "OMP_"))}
         threads = str(case.threads)
         limits = {f"{name}_NUM_THREADS": threads for name in ("OMP", "MKL", "OPENBLAS")}
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
             [python, "-m", "benchmarks.side", row, side, case.name, threads],
             cwd=REPOSITORY,

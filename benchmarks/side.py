@@ -10,6 +10,7 @@ import platform
 import resource
 import sys
 from importlib import metadata
+from pathlib import Path
 
 NAMED = ("torch", "numpy", "opencv-python", "mmengine", "mmcv-lite", "mmsegmentation", "timm")
 
@@ -48,6 +49,17 @@ def versions() -> dict[str, str]:
 def peak() -> float:
     """The most memory that this process has had so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
+
+
+def now() -> float:
+    """The memory that this process has at this moment, in MiB (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def memory(start: float) -> dict[str, float]:
+    """The process's peak, and how far that is above what it had at the start."""
+    return {"MiB": peak(), "MiB above start": peak() - start}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ NETWORKS = {
     ),
 }
 BATCH, CLASSES = 2, 150
-# Of 512 the memory is what is wanted: its peak is that of two steps, and more rounds don't raise it.
+# Of 512 the memory is wanted: more rounds don't raise its peak.
 CASES = [
     Case(f"{network} {side} {precision}", threads=2, rounds=2 if side == 512 else None)
     for network in NETWORKS
@@ -41,7 +41,7 @@ def ours(case: str) -> Round:
     import torch
 
     from benchmarks import ours
-    from benchmarks.side import peak
+    from benchmarks.side import memory, now
     from pipeline.training.loop import train_step
 
     network, text, precision = case.split()
@@ -56,7 +56,7 @@ def ours(case: str) -> Round:
     count = sum(weight.numel() for weight in learner.network.parameters())
     images = torch.randint(0, 256, (BATCH, 3, side, side), dtype=torch.uint8)
     targets = torch.randint(0, CLASSES, (BATCH, side, side), dtype=torch.uint8)
-    start, iteration = peak(), 0
+    start, iteration = now(), 0
 
     def measure() -> tuple[Metrics, int]:
         nonlocal iteration
@@ -67,7 +67,7 @@ def ours(case: str) -> Round:
             train_step(learner, (images, targets, keys), 1)
             iteration += 1
         seconds = time.perf_counter() - begin
-        return {"s/step": seconds / STEPS[side], **memory(peak(), start)}, count
+        return {"s/step": seconds / STEPS[side], **memory(start)}, count
 
     return measure
 
@@ -79,7 +79,7 @@ def theirs(case: str) -> Round:
     from mmengine.structures import PixelData
 
     from benchmarks import theirs
-    from benchmarks.side import peak
+    from benchmarks.side import memory, now
 
     network, text, _ = case.split()
     side = int(text)
@@ -97,18 +97,13 @@ def theirs(case: str) -> Round:
         target = PixelData(data=torch.randint(0, CLASSES, (1, side, side)))
         shape = {"img_shape": (side, side), "ori_shape": (side, side)}
         samples.append(SegDataSample(metainfo=shape, gt_sem_seg=target))
-    start = peak()
+    start = now()
 
     def measure() -> tuple[Metrics, int]:
         begin = time.perf_counter()
         for _ in range(STEPS[side]):
             model.train_step({"inputs": inputs, "data_samples": samples}, optimizer)
         seconds = time.perf_counter() - begin
-        return {"s/step": seconds / STEPS[side], **memory(peak(), start)}, count
+        return {"s/step": seconds / STEPS[side], **memory(start)}, count
 
     return measure
-
-
-def memory(now: float, start: float) -> Metrics:
-    """The process's peak, and what came after the start."""
-    return {"MiB": now, "MiB above start": now - start}

@@ -7,6 +7,7 @@ looks for their names when it is imported. No network of the rows calls one.
 import logging
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,9 @@ class Stub(ModuleType):
         return missing
 
 
-sys.modules.setdefault("mmcv._ext", Stub("mmcv._ext"))
+stub = Stub("mmcv._ext")
+stub.__spec__ = ModuleSpec("mmcv._ext", None)  # mmengine asks whether it could be found
+sys.modules.setdefault("mmcv._ext", stub)
 
 import mmseg  # noqa: E402
 from mmengine.config import Config  # noqa: E402
