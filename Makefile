@@ -1,11 +1,12 @@
 # make repro: from a fresh clone to a trained, evaluated, tracked model. make test: the whole test suite.
 # make check: before a commit. make coverage: the whole suite, and what it reaches.
+# make bench: beside MMSegmentation, see benchmarks/README.md.
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install repro check quick test coverage lint ui lock
+.PHONY: install repro check quick test coverage lint ui bench lock
 
 install: $(INSTALLED)
 
@@ -34,6 +35,18 @@ lint: $(INSTALLED)
 
 ui: $(INSTALLED)
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+
+# PEER is an environment with MMSegmentation; the default is made where it is missing.
+PEER := benchmarks/.venv
+ROWS :=
+ARGS :=
+bench: $(INSTALLED) $(filter benchmarks/.venv/.installed,$(PEER)/.installed)
+	python -m benchmarks.run $(ROWS) --peer $(PEER) $(ARGS)
+
+benchmarks/.venv/.installed: benchmarks/requirements.txt
+	test -x benchmarks/.venv/bin/python || $(PYTHON) -m venv benchmarks/.venv
+	benchmarks/.venv/bin/python -m pip install --quiet --requirement $<
+	touch $@
 
 # requirements.lock pins every package and its hashes, but for torch, torchvision and what they bring
 # for CUDA: each platform has its own builds of these, in the index that pip is set to. pip and

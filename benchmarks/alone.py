@@ -1,0 +1,230 @@
+"""Ours alone: start-up, waiting for data, two processes beside two threads, growth, checkpoints.
+
+- start-up: `python -m stages.train` of a tiny project until its first iteration is reported, and
+  `dvc repro` with nothing to do.
+- waiting for data: steps of PSPNet R18 at 256 with two workers, as a share of those without any
+  loading, on one batch that is there already.
+- processes: the same steps by two processes of one thread, and by one process of two.
+- growth: opening the index of so many generated records, and drawing the first sample's number.
+- checkpoint: for how long saving holds up the loop, PSPNet R18.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from benchmarks.protocol import Case, Metrics, Round
+
+OURS = ("ours",)
+RECORDS = (1_000, 10_000, 100_000)
+CASES = [
+    Case("start-up", threads=2, warm=False, sides=OURS),
+    Case("waiting for data", threads=2, sides=OURS),
+    Case("processes", threads=2, sides=OURS),
+    *(Case(f"growth {records}", sides=OURS) for records in RECORDS),
+    Case("checkpoint", threads=2, sides=OURS),
+]
+RECIPE, SIDE, BATCH, STEPS = "pspnet_r18-d8_512x1024_80k_cityscapes", 256, 4, 6
+
+
+def ours(case: str) -> Round:
+    """The case's round."""
+    name, _, number = case.partition(" ")
+    if name == "growth":
+        return growth(int(number))
+    measure = {"start-up": start_up, "waiting": waiting, "processes": processes}
+    return measure.get(name, checkpoint)()
+
+
+def start_up() -> Round:
+    """A project as the tests make it."""
+    from tests import project
+
+    place = tempfile.TemporaryDirectory(prefix="instep-bench-")
+    made = project.make_project(Path(place.name), {"train": 4, "val": 2, "test": 2})
+    project.dvc(made, "repro")
+    state = made / ".dvc" / "tmp" / "instep"
+
+    def measure() -> tuple[Metrics, None]:
+        assert place  # the folder lives as long as this function
+        subprocess.run(["rm", "-rf", state], check=True)
+        begin = time.perf_counter()
+        command = [sys.executable, "-m", "stages.train"]
+        options: dict[str, Any] = {"text": True, "stdout": subprocess.PIPE, "env": os.environ}
+        with subprocess.Popen(command, cwd=made, **options) as training:
+            next(line for line in training.stdout or () if "iteration 1" in line)
+            first = time.perf_counter() - begin
+            (training.stdout or sys.stdin).read()
+        project.dvc(made, "checkout", "--force")
+        begin = time.perf_counter()
+        project.dvc(made, "repro")
+        return {"s to iteration 1": first, "s of nothing": time.perf_counter() - begin}, None
+
+    return measure
+
+
+def learner(batch_size: int = BATCH) -> tuple[Any, Any]:
+    """PSPNet R18 for 19 classes, and its parameters."""
+    from benchmarks import ours
+
+    changes = {"augmentation.crop_size": [SIDE, SIDE], "train.batch_size": batch_size}
+    given = ours.params(RECIPE, changes)
+    return ours.learner_of(given, 19), given
+
+
+def batches(given: Any, workers: int) -> Iterator[Any]:
+    """Without end, from the packed images of the row `loader`."""
+    from benchmarks import loader, ours
+    from pipeline.data.loader import RankBatches, Samples, build_loader
+    from pipeline.data.transforms import fill_of
+
+    store = ours.prepared(loader.files("cityscapes"), RECIPE)
+    fill, train = fill_of(given.model.mean), store.split("train")
+    samples = Samples(train, given.augmentation, fill=fill, ignore_index=255, seed=0)
+    numbers = RankBatches((BATCH, 1), (0, 10**6), 0, 1)
+    return iter(build_loader(samples, numbers, workers, pin_memory=False))
+
+
+def waiting() -> Round:
+    """The workers live on; what they have loaded ahead while nothing was measured is taken out."""
+    from pipeline.training.loop import train_step
+
+    one, given = learner()
+    real = batches(given, 2)
+    still = next(real)
+
+    def speed(source: Any) -> float:
+        begin = time.perf_counter()
+        for batch in source:
+            train_step(one, batch, 1)
+        return STEPS * BATCH / (time.perf_counter() - begin)
+
+    def measure() -> tuple[Metrics, None]:
+        alone = speed([still] * STEPS)
+        for batch in islice(real, 4):
+            train_step(one, batch, 1)
+        loaded = speed(islice(real, STEPS))
+        return {
+            "images/s": loaded,
+            "without loading, images/s": alone,
+            "share": loaded / alone,
+        }, None
+
+    return measure
+
+
+def processes() -> Round:
+    """Both are started anew each round, as they meet in a group; that is not timed."""
+
+    def speed(count: int) -> float:
+        own = {"OMP_NUM_THREADS": str(2 // count), "GLOO_SOCKET_IFNAME": "lo"}
+        options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={count}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *options]
+        done = subprocess.run(
+            [*command, "-m", "benchmarks.alone"],
+            env=os.environ | own,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        return float(done.stdout.split()[-1])
+
+    def measure() -> tuple[Metrics, None]:
+        two, one = speed(2), speed(1)
+        return {"two, images/s": two, "one, images/s": one, "two of one": two / one}, None
+
+    return measure
+
+
+def rank() -> None:
+    """What each process of `processes` does: its part of the same batches."""
+    import torch
+
+    from pipeline import distributed
+    from pipeline.training.loop import train_step
+
+    with distributed.process_group("cpu"):
+        one, _ = learner()
+        share = BATCH // distributed.world_size()
+        images = torch.randint(0, 256, (share, 3, SIDE, SIDE), dtype=torch.uint8)
+        batch = (images, torch.randint(0, 19, (share, SIDE, SIDE), dtype=torch.uint8))
+        for step in range(STEPS + 1):
+            train_step(one, (*batch, torch.arange(share) + BATCH * step), 1)
+            if step == 0:
+                begin = time.perf_counter()
+        if distributed.rank() == 0:
+            print(STEPS * BATCH / (time.perf_counter() - begin))
+
+
+def growth(records: int) -> Round:
+    """An index of images without their shards, which opening does not read."""
+    from benchmarks import ours
+    from pipeline.data.loader import Samples
+    from pipeline.data.store import Entry, Store, entry_values, write_index
+    from pipeline.disk import FORMAT
+
+    place = tempfile.TemporaryDirectory(prefix="instep-bench-")
+    folder = Path(place.name)
+    size, shown = {"height": 512, "width": 683}, (0, 3, 12, 40, 77, 149)
+    entries = []
+    for number in range(records):
+        shard = f"train-{number // 128:05}.bin"
+        entry = Entry(f"image_{number:08}", shard, offset=number % 128, classes=shown, **size)
+        entries.append(entry_values(entry))
+    named: dict[str, Any] = {"format": FORMAT, "name": "many", "ignore_index": 255}
+    numbers = {"pixels": [1] * 150, "frequency": [0.1] * 150}
+    classes = {"classes": [str(one) for one in range(150)], "palette": [[0, 0, 0]] * 150}
+    splits = {"train": entries, "val": entries[:1], "test": []}
+    write_index(folder, {**named, **numbers, **classes, "shards": {}, "splits": splits})
+    given = ours.params(RECIPE, {})
+
+    def measure() -> tuple[Metrics, None]:
+        assert place  # the folder lives as long as this function
+        begin = time.perf_counter()
+        split = Store(folder).split("train")
+        samples = Samples(split, given.augmentation, fill=(0, 0, 0), ignore_index=255, seed=0)
+        samples.index(0)
+        return {"s": time.perf_counter() - begin}, None
+
+    return measure
+
+
+def checkpoint() -> Round:
+    """`save_progress` of a training that has made a step, and that has just been its best."""
+    import torch
+
+    from pipeline.training.checkpoint import Description
+    from pipeline.training.loop import Progress, save_progress, train_step
+    from pipeline.training.state import State
+
+    one, _ = learner()
+    place = tempfile.TemporaryDirectory(prefix="instep-bench-")
+    os.environ["DVC_ROOT"] = place.name  # where the state lies
+    state = State("0" * 32)
+    state.folder.mkdir(parents=True)
+    images = torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8)
+    targets = torch.randint(0, 19, (BATCH, SIDE, SIDE), dtype=torch.uint8)
+    train_step(one, (images, targets, torch.arange(BATCH)), 1)
+    told = Description(classes=["a"], palette=[[0] * 3], ignore_index=255, frequency=[1], params={})
+    progress = Progress(1, {"iteration": 1, "mean_iou": 0.5})
+
+    def measure() -> tuple[Metrics, None]:
+        assert place  # the folder lives as long as this function
+        figures = {}
+        for name, improved in (("s", False), ("s of the best", True)):
+            begin = time.perf_counter()
+            save_progress(one, progress, state, told, improved=improved)
+            figures[name] = time.perf_counter() - begin
+        return figures, None
+
+    return measure
+
+
+if __name__ == "__main__":
+    rank()
