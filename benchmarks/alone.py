@@ -30,7 +30,7 @@ CASES = [
     *(Case(f"growth {records}", sides=OURS) for records in RECORDS),
     Case("checkpoint", threads=2, sides=OURS),
 ]
-RECIPE, SIDE, BATCH, STEPS = "pspnet_r18-d8_512x1024_80k_cityscapes", 256, 4, 6
+RECIPE, SIDE, BATCH, STEPS = "pspnet_r18-d8_512x1024_80k_cityscapes", 256, 2, 6
 
 
 def ours(case: str) -> Round:
