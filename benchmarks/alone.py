@@ -152,7 +152,7 @@ def rank() -> None:
     with distributed.process_group("cpu"):
         one, _ = learner()
         share = BATCH // distributed.world_size()
-        images = torch.randint(0, 256, (share, 3, SIDE, SIDE), dtype=torch.uint8)
+        images = torch.randint(0, 256, (share, SIDE, SIDE, 3), dtype=torch.uint8)
         batch = (images, torch.randint(0, 19, (share, SIDE, SIDE), dtype=torch.uint8))
         for step in range(STEPS + 1):
             train_step(one, (*batch, torch.arange(share) + BATCH * step), 1)
@@ -208,7 +208,7 @@ def checkpoint() -> Round:
     os.environ["DVC_ROOT"] = place.name  # where the state lies
     state = State("0" * 32)
     state.folder.mkdir(parents=True)
-    images = torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8)
+    images = torch.randint(0, 256, (BATCH, SIDE, SIDE, 3), dtype=torch.uint8)
     targets = torch.randint(0, 19, (BATCH, SIDE, SIDE), dtype=torch.uint8)
     train_step(one, (images, targets, torch.arange(BATCH)), 1)
     told = Description(classes=["a"], palette=[[0] * 3], ignore_index=255, frequency=[1], params={})

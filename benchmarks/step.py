@@ -54,7 +54,7 @@ def ours(case: str) -> Round:
     given = ours.params(NETWORKS[network][0], changes)
     learner = ours.learner_of(given, CLASSES)
     count = sum(weight.numel() for weight in learner.network.parameters())
-    images = torch.randint(0, 256, (BATCH, 3, side, side), dtype=torch.uint8)
+    images = torch.randint(0, 256, (BATCH, side, side, 3), dtype=torch.uint8)
     targets = torch.randint(0, CLASSES, (BATCH, side, side), dtype=torch.uint8)
     start, iteration = now(), 0
 

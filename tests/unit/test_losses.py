@@ -313,7 +313,7 @@ def test_a_step_makes_no_tensor_of_the_size_of_the_whole_logits(
     learner = learner_of(params(fcn | resnet | changes), 150)
     side = 192
     batch = (
-        torch.zeros(2, 3, side, side, dtype=torch.uint8),
+        torch.zeros(2, side, side, 3, dtype=torch.uint8),
         drawn_target((2, side, side), 150),
         torch.arange(2),
     )
