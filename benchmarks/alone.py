@@ -166,7 +166,7 @@ def growth(records: int) -> Round:
     """An index of images without their shards, which opening does not read."""
     from benchmarks import ours
     from pipeline.data.loader import Samples
-    from pipeline.data.store import Entry, Store, entry_values, write_index
+    from pipeline.data.store import Entry, Store, write_index
     from pipeline.disk import FORMAT
 
     place = tempfile.TemporaryDirectory(prefix="instep-bench-")
@@ -176,7 +176,7 @@ def growth(records: int) -> Round:
     for number in range(records):
         shard = f"train-{number // 128:05}.bin"
         entry = Entry(f"image_{number:08}", shard, offset=number % 128, classes=shown, **size)
-        entries.append(entry_values(entry))
+        entries.append(entry)
     named: dict[str, Any] = {"format": FORMAT, "name": "many", "ignore_index": 255}
     numbers = {"pixels": [1] * 150, "frequency": [0.1] * 150}
     classes = {"classes": [str(one) for one in range(150)], "palette": [[0, 0, 0]] * 150}

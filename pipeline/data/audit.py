@@ -21,7 +21,7 @@ from pipeline.data.files import Ids, some
 from pipeline.data.formats import Reader, Record
 from pipeline.data.params import DataParams
 from pipeline.data.splits import SPLITS
-from pipeline.data.store import SUMMARY, Array, Entry, Index, entry_values, write_index
+from pipeline.data.store import SUMMARY, Array, Entry, Index, write_index
 from pipeline.disk import FORMAT
 
 RECORDS_PER_SHARD = 128
@@ -225,6 +225,6 @@ def _write_index(params: DataParams, folder: Path, shards: list[Shard]) -> None:
         "pixels": histograms["train"][:-1].tolist(),
         "frequency": frequency.tolist(),
         "shards": {shard.name: shard.md5 for shard in shards},
-        "splits": {split: list(map(entry_values, entries[split])) for split in SPLITS},
+        "splits": {split: entries[split] for split in SPLITS},
     }
     write_index(folder, index)

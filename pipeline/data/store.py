@@ -8,10 +8,9 @@ one DVC writes into dvc.lock) costs the md5 of one small file.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +24,7 @@ SUMMARY = "summary.json"
 Array = NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where a record lies: byte `offset` in `shard`, an image of `height` x `width` pixels.
 
     `classes` are those that its target holds.
@@ -44,7 +42,7 @@ class Index(TypedDict):
     """The content of index.json.
 
     `pixels` and `frequency` are those of each class in train, see `audit.prepare`; `shards` holds
-    the md5 of each shard, `splits` the values of the entries of each split.
+    the md5 of each shard, `splits` the entries of each split, as lists of their values.
     """
 
     format: int
@@ -55,7 +53,7 @@ class Index(TypedDict):
     pixels: list[int]
     frequency: list[float]
     shards: dict[str, str]
-    splits: dict[str, list[list[Any]]]
+    splits: dict[str, list[Entry]]
 
 
 class Split:
@@ -111,7 +109,7 @@ class Store:
 
     def split(self, name: str) -> Split:
         """One of train, val and test; the last two may be empty."""
-        return Split(self.folder, [Entry(*entry) for entry in self._splits[name]])
+        return Split(self.folder, [Entry._make(values) for values in self._splits[name]])
 
     def require(self, split: str, asked: str, remedy: str) -> None:
         """Raise a ValueError where a split that a parameter asks for has no labelled image."""
@@ -130,11 +128,6 @@ class Store:
         files = sorted((self.shards | own).items())
         listed = [{"md5": md5, "relpath": name} for name, md5 in files]
         return hashlib.md5(json.dumps(listed).encode()).hexdigest() + ".dir"
-
-
-def entry_values(entry: Entry) -> list[Any]:
-    """An entry as the index holds it."""
-    return list(asdict(entry).values())
 
 
 def write_index(folder: Path, index: Index) -> None:

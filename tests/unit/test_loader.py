@@ -3,7 +3,6 @@
 import math
 import re
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from itertools import chain
 from multiprocessing import get_context
 
@@ -48,7 +47,7 @@ def test_the_rarer_a_class_the_larger_its_share():
 def test_images_are_drawn_by_their_classes(split: Split):
     # Class 0 is in all seven images, class 1 in two, class 2 in none.
     held = [(0,), (0, 1), (0,), (0,), (0, 1), (0,), (0,)]
-    entries = [replace(entry, classes=own) for entry, own in zip(split.entries, held, strict=True)]
+    entries = [entry._replace(classes=own) for entry, own in zip(split.entries, held, strict=True)]
     changes = params(AUGMENTATION).augmentation
     options = (Split(split.folder, entries), changes, (9, 9, 9), 255)
     drawn = Samples(*options, 0, np.array([0.3, 0.7, 0.0]))

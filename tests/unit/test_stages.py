@@ -18,7 +18,7 @@ def workspace(folder: Path, changes: dict[str, object], images: dict[str, int]) 
     prepared.mkdir(parents=True)
     index = {"name": "x", "classes": ["a"], "palette": [[0, 0, 0]], "ignore_index": 255}
     index |= {"format": FORMAT, "pixels": [1], "frequency": [1.0], "shards": {}}
-    entry = store.entry_values(store.Entry("a", "a.bin", 0, 1, 1))
+    entry = list(store.Entry("a", "a.bin", 0, 1, 1))
     store.write_index(prepared, index | {"splits": {s: [entry] * images[s] for s in images}})
 
 
