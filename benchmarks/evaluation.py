@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.images import folder
 from benchmarks.protocol import REPOSITORY, Case, Metrics, Round
-from benchmarks.weights import drawn
+from tests.unit.drawn import drawn_weights
 
 RECIPE = "segformer_mit-b0_512x512_160k_ade20k"
 CONFIG = "segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py"
@@ -51,8 +51,8 @@ def ours(case: str) -> Round:
     views = case.endswith("12 views")
     split = ours.prepared(files(IMAGES[case]), RECIPE).split("val")
     learner = ours.learner_of(ours.params(RECIPE, {}), CLASSES)
-    shapes = dict(json.loads(NAMES.read_text()))
-    weights = {name: torch.from_numpy(value) for name, value in drawn(shapes)}
+    drawn = drawn_weights(json.loads(NAMES.read_text()))
+    weights = {name: torch.from_numpy(value) for name, value in drawn}
     learner.network.load_state_dict(from_mmseg(weights))
     predictor = Predictor(
         learner.network,
@@ -90,8 +90,9 @@ def theirs(case: str) -> Round:
     from mmseg.registry import METRICS, MODELS
 
     network = theirs.model(config, (512, 512))
-    shapes = dict(json.loads(NAMES.read_text()))
-    network.load_state_dict({name: torch.from_numpy(value) for name, value in drawn(shapes)})
+    drawn = drawn_weights(json.loads(NAMES.read_text()))
+    weights = {name: torch.from_numpy(value) for name, value in drawn}
+    network.load_state_dict(weights)
     model: Any = network
     pipeline = config.test_pipeline
     if views:

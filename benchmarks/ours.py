@@ -4,22 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.images import WORK
 from benchmarks.protocol import REPOSITORY
 from pipeline import distributed
 from pipeline.data.audit import prepare
 from pipeline.data.store import INDEX, Store
 from pipeline.experiment import Params
-from pipeline.models import build_model
-from pipeline.models.network import Labels
-from pipeline.precision import PRECISIONS, Normalization
-from pipeline.training.optimization import Learner, build_learner
+from pipeline.training.optimization import Learner
 from pipeline.yaml12 import read_yaml
 from stages.recipe import WHOLE, load_recipe, merge
+from tests.unit import sections
 
-CPU = torch.device("cpu")
+CPU = sections.CPU
 
 
 def params(recipe: str, changes: dict[str, Any]) -> Params:
@@ -30,12 +26,7 @@ def params(recipe: str, changes: dict[str, Any]) -> Params:
             tree[name] = {}
         merge(tree[name], section)
     tree["data"].setdefault("root", "data/none")
-    for name, value in {"model.backbone.pretrained": None, **changes}.items():
-        *sections, last = name.split(".")
-        section = tree
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[last] = value
+    sections.change(tree, {"model.backbone.pretrained": None, **changes})
     return Params.model_validate_json(json.dumps(tree))
 
 
@@ -56,13 +47,6 @@ def prepared(root: Path, recipe: str) -> Store:
 
 
 def learner_of(given: Params, num_classes: int) -> Learner:
-    """What one process on the CPU trains, as stages/train.py builds it, without MLflow."""
+    """What a process on the CPU trains, as stages/train.py seeds and builds it."""
     distributed.seed_everything(given.train.seed, given.train.deterministic)
-    precision = PRECISIONS[given.train.precision]
-    network = build_model(given.model, Labels(num_classes, 255, [1 / num_classes] * num_classes))
-    network.to(CPU, precision.weights).to(memory_format=torch.channels_last)
-    model = distributed.parallelize(network, CPU)
-    normalize = Normalization(given.model.mean, given.model.std, precision=precision, device=CPU)
-    learner = build_learner(model, network, normalize, given.train)
-    learner.model.train()
-    return learner
+    return sections.learner_of(given, num_classes)

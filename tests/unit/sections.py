@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pipeline.distributed import parallelize
 from pipeline.experiment import Params
 from pipeline.models import ModelParams, build_model
 from pipeline.models.network import Labels, Network
@@ -20,6 +21,12 @@ CPU = torch.device("cpu")
 def document(changes: dict[str, Any]) -> dict[str, Any]:
     """params.yaml with changes; a changed name of a head or a format takes its keys away."""
     tree = read_yaml(REPOSITORY / "params.yaml")
+    change(tree, changes)
+    return tree
+
+
+def change(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Set keys by their dotted names, as `document` says."""
     for part in ("model.head", "data.format"):
         if f"{part}.name" in changes:
             section, key = part.split(".")
@@ -30,7 +37,6 @@ def document(changes: dict[str, Any]) -> dict[str, Any]:
         for part in sections:
             section = section.setdefault(part, {})
         section[last] = value
-    return tree
 
 
 def params(changes: dict[str, Any]) -> Params:
@@ -52,9 +58,10 @@ def build(section: ModelParams, num_classes: int) -> Network:
 
 
 def learner_of(given: Params, num_classes: int) -> Learner:
-    """What one process on the CPU trains, as stages/train.py builds it."""
+    """What a process on the CPU trains, as stages/train.py builds it."""
     precision = PRECISIONS[given.train.precision]
     network = build(given.model, num_classes).to(CPU, precision.weights)
     network.to(memory_format=torch.channels_last).train()
+    model = parallelize(network, CPU)
     normalize = Normalization(given.model.mean, given.model.std, precision=precision, device=CPU)
-    return build_learner(network, network, normalize, given.train)
+    return build_learner(model, network, normalize, given.train)

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pipeline.data.store import Entry, Split
 from pipeline.data.transforms import resized
@@ -18,6 +16,7 @@ from pipeline.evaluation.metrics import boundary_areas, confusion_matrix, mean_i
 from pipeline.models import layers
 from pipeline.models.network import Network
 from pipeline.precision import PRECISIONS, Normalization
+from tests.unit.largest import Largest
 from tests.unit.sections import build
 from tests.unit.test_models import HEADS_ON, options
 
@@ -272,18 +271,6 @@ def test_a_prediction_by_bands_is_that_of_whole_scores(
         assert torch.allclose(torch.cat(bands, dim=2), expected, rtol=0, atol=1e-9)
         found = averaging.predict(pictures)
         assert np.array_equal(found, expected.argmax(dim=1).numpy())
-
-
-class Largest(TorchDispatchMode):
-    """How many elements the largest result of any operation has."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        sizes = [one.numel() for one in tree_leaves(result) if isinstance(one, Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return result
 
 
 @pytest.mark.parametrize("views", VIEWS)

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from pipeline.models import losses
 from pipeline.models.losses import (
@@ -20,6 +18,7 @@ from pipeline.models.losses import (
     median_frequency_weights,
 )
 from pipeline.training.loop import train_step
+from tests.unit.largest import Largest
 from tests.unit.sections import learner_of, params
 
 TERMS = ("cross_entropy", "ohem", "dice", "focal", "lovasz", "tversky")
@@ -279,21 +278,6 @@ def test_terms_of_whole_maps_and_those_that_need_none_see_the_same_map():
     for name, term in one(resized, target, one.count(target)).items():
         assert terms[name].item() == pytest.approx(term.item(), rel=1e-12), name
     assert terms["ohem"].item() == pytest.approx(terms["cross_entropy"].item(), rel=1e-12)
-
-
-class Largest(TorchDispatchMode):
-    """Notes the most elements that any result has."""
-
-    elements = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, arguments: Any = (), options: dict[str, Any] | None = None
-    ) -> Any:
-        results = function(*arguments, **(options or {}))
-        for result in tree_flatten(results)[0]:
-            if isinstance(result, Tensor):
-                self.elements = max(self.elements, result.numel())
-        return results
 
 
 @pytest.mark.parametrize(

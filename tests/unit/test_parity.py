@@ -6,16 +6,15 @@ some of the weights made smaller, against overflow. `_large`: as large as DeepLa
 """
 
 import json
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.models.mmseg import from_mmseg
+from tests.unit.drawn import drawn_weights
 from tests.unit.sections import build, model_params
 
 PARITY = Path(__file__).parent / "data" / "parity"
@@ -36,31 +35,6 @@ MODELS: dict[str, dict[str, object]] = {
 FILES = sorted(PARITY.glob("*.npz"))
 
 
-def drawn_weights(names: list[tuple[str, list[int]]], tame: bool) -> dict[str, Tensor]:
-    """Weights by the rule, each from the checksum of its name."""
-    weights = {}
-    for name, shape in names:
-        rng = np.random.default_rng(zlib.crc32(name.encode()))
-        if name.endswith("num_batches_tracked"):
-            value = np.zeros(shape)
-        elif name.endswith("running_mean"):
-            value = 0.1 * rng.standard_normal(shape)
-        elif name.endswith("running_var"):
-            value = 1 + 0.5 * rng.random(shape)
-        elif len(shape) > 1:
-            value = rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
-        elif name.endswith(".weight"):
-            value = 1 + 0.1 * rng.standard_normal(shape)
-        else:
-            value = 0.05 * rng.standard_normal(shape)
-        if tame and name.startswith("backbone.layer") and name.endswith("bn3.weight"):
-            value = value * 0.2
-        if tame and name.endswith(("conv_seg.weight", "fc_seg.weight")):
-            value = value * 0.1
-        weights[name] = torch.from_numpy(np.asarray(value, np.float32))
-    return weights
-
-
 def difference(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
@@ -74,7 +48,9 @@ def test_logits_are_those_of_mmsegmentation(path: Path) -> None:
     auxiliary = any(entry[0].startswith("auxiliary_head.") for entry in names)
     changes = {"backbone.pretrained": None, "head.aux_weight": 0.4 if auxiliary else 0.0}
     model = build(model_params(MODELS[name] | changes), 150)
-    model.load_state_dict(from_mmseg(drawn_weights(names, path.stem.endswith("_tame"))))
+    drawn = drawn_weights(names, path.stem.endswith("_tame"))
+    weights = {name: torch.from_numpy(value) for name, value in drawn}
+    model.load_state_dict(from_mmseg(weights))
     size = theirs["logits_shape"].tolist()
     image = np.random.default_rng(0).standard_normal((1, 3, *size[2:])).astype(np.float32)
     with torch.inference_mode():
