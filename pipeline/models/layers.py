@@ -80,18 +80,27 @@ def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
 
 def bands(rows: slice, elements: int) -> list[slice]:
     """The rows, of so many elements each, cut into bands of about `BAND` elements."""
-    height = max(BAND // elements, 1)
+    return parts(rows, max(BAND // elements, 1))
+
+
+def parts(whole: slice, length: int) -> list[slice]:
+    """A slice cut into parts of a length, of which the last may be shorter."""
     return [
-        slice(start, min(start + height, rows.stop))
-        for start in range(rows.start, rows.stop, height)
+        slice(start, min(start + length, whole.stop))
+        for start in range(whole.start, whole.stop, length)
     ]
 
 
 def taps(old: int, new: int, rows: slice) -> slice:
-    """Which of the old rows `rows` of the new ones lie between, or one more at either end."""
+    """Which of the old rows `rows` of the new ones lie between.
+
+    The centre of the new row i is at (i + 1/2) * old / new - 1/2 among the old ones.
+    """
     if old == new:
         return rows
-    return slice(max(rows.start * old // new - 1, 0), min(rows.stop * old // new + 2, old))
+    first = ((2 * rows.start + 1) * old - new) // (2 * new)
+    last = ((2 * rows.stop - 1) * old - new) // (2 * new) + 1
+    return slice(max(first, 0), min(last + 1, old))
 
 
 def resized_band(x: Tensor, old: int, size: tuple[int, int], rows: slice) -> Tensor:

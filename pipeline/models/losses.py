@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pipeline.models.layers import bilinear_weights, resize
+from pipeline.models.layers import bilinear_weights, parts, resize, taps
 from pipeline.params import Above0, AtLeast0, Positive, Probability, Section
 
 # Logits, target, ignore_index and the weights of the classes -> a sum.
@@ -249,7 +249,10 @@ class _MapCrossEntropy(torch.autograd.Function):
             )
         elements = TILE_ON_CPU if logits.device.type == "cpu" else TILE_ON_GPU
         side = max(16, math.isqrt(elements // classes) // 16 * 16)  # 16 numbers fill a register
-        ys, xs = (_slices(end, side, *sides) for end, *sides in zip(labels.shape[1:], old, size))
+        ys, xs = (
+            [(part, taps(before, after, part)) for part in parts(slice(0, end), side)]
+            for end, before, after in zip(labels.shape[1:], old, size)
+        )
         gradient = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
         total = logits.new_zeros((), dtype=torch.float64)
         with torch.autocast(logits.device.type, enabled=False):
@@ -284,21 +287,6 @@ class _MapCrossEntropy(torch.autograd.Function):
         """The gradient of the sum, by that of the loss, a scalar."""
         (gradient,) = ctx.saved_tensors
         return gradient * scale.to(gradient.dtype), None, None, None
-
-
-def _slices(end: int, step: int, old: int, new: int) -> list[tuple[slice, slice]]:
-    """Parts of the places before `end` in a side resized from old to new, and where they are read.
-
-    The centre of the new place i is at (i + 1/2) * old / new - 1/2 among the old ones, and lies
-    between two of them.
-    """
-    found = []
-    for start in range(0, end, step):
-        stop = min(start + step, end)
-        first = ((2 * start + 1) * old - new) // (2 * new)
-        last = ((2 * stop - 1) * old - new) // (2 * new) + 1
-        found.append((slice(start, stop), slice(max(first, 0), min(last + 1, old))))
-    return found
 
 
 def ohem_sum(
