@@ -1,6 +1,7 @@
 """Activation checkpointing over 200 iterations: the same training in less memory."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def train(with_cp: int, iterations: int, side: int) -> dict[str, Any]:
     learner = learner_of(options, 3)
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (2, side, side, 3), np.uint8))
-    targets = (images.sum(dim=1) // 256).to(torch.uint8).clamp(max=2)
+    targets = (images.sum(dim=3) // 256).to(torch.uint8).clamp(max=2)
     losses, before = [], peak_memory()
     for iteration in range(iterations):
         batch = (images, targets, torch.arange(2) + 2 * iteration)
@@ -58,13 +59,13 @@ def peak_memory() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
-def both(iterations: int, side: int) -> list[dict[str, Any]]:
+def both(iterations: int, side: int, **environment: str) -> list[dict[str, Any]]:
     """Without activation checkpointing, and with it: two processes, side by side."""
-    started = []
+    started, own = [], os.environ | environment
     for with_cp in (0, 1):
         arguments = map(str, (with_cp, iterations, side))
         command = [sys.executable, "-m", "tests.unit.test_with_cp", *arguments]
-        started.append(subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE))
+        started.append(subprocess.Popen(command, cwd=REPOSITORY, env=own, stdout=subprocess.PIPE))
     printed = [process.communicate()[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
     return [json.loads(text) for text in printed]
@@ -80,7 +81,9 @@ def test_200_iterations_are_the_same() -> None:
 
 
 def test_the_memory_is_less() -> None:
-    kept, recomputed = both(iterations=1, side=448)
+    # Blocks of at least this many bytes go back to the system when they are freed: the peak is then
+    # what is held at once, without what the allocator keeps for later, which varies by a quarter.
+    kept, recomputed = both(iterations=1, side=448, MALLOC_MMAP_THRESHOLD_="65536")
     assert recomputed["memory"] < 0.9 * kept["memory"]
 
 
