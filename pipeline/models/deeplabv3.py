@@ -1,10 +1,9 @@
 """DeepLabV3: the coarsest features through convolutions of several dilations at once."""
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.models.layers import AveragePool, ConvModule, resize
+from pipeline.models.layers import AveragePool, ConvModule, JoiningConv
 from pipeline.models.segmenter import Classifier, HeadParams
 from pipeline.params import Positive
 
@@ -35,7 +34,7 @@ class DeepLabV3Head(Classifier):
         self.aspp_modules = nn.ModuleList(
             self.branch(widths[-1], channels, dilation) for dilation in dilations
         )
-        self.bottleneck = ConvModule((len(dilations) + 1) * channels, channels, 3)
+        self.bottleneck = JoiningConv((len(dilations) + 1) * channels, channels, 3)
 
     def branch(self, in_channels: int, channels: int, dilation: int) -> nn.Module:
         """One of the parallel convolutions."""
@@ -44,7 +43,6 @@ class DeepLabV3Head(Classifier):
     def decode(self, features: list[Tensor]) -> Tensor:
         """Features at the coarsest."""
         x = features[-1]
-        pooled = resize(self.image_pool(x), x.shape[2:])
-        branches = [pooled, *(branch(x) for branch in self.aspp_modules)]
-        decoded: Tensor = self.bottleneck(torch.cat(branches, dim=1))
+        branches = [self.image_pool(x), *(branch(x) for branch in self.aspp_modules)]
+        decoded: Tensor = self.bottleneck(branches, x.shape[2:])
         return decoded

@@ -1,5 +1,6 @@
 """What the heads are made of, and how maps are resized."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -31,6 +32,41 @@ class ConvModule(nn.Sequential):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         self.bn = nn.BatchNorm2d(out_channels)
         self.relu = nn.ReLU(inplace=True)
+
+
+class JoiningConv(ConvModule):
+    """A `ConvModule` of several maps, resized to one size and joined along their channels.
+
+    The joined map is never made. What a kernel makes of a resized map is the sum, over its taps, of
+    small maps that are resized and shifted: each of them a 1x1 convolution of the map as it came.
+    So a map costs what its own size does, in time and in memory, and the sum is the same.
+    """
+
+    def forward(  # type: ignore[override] # a sequence is called with one thing
+        self, maps: Sequence[Tensor], size: torch.Size | tuple[int, int]
+    ) -> Tensor:
+        """Maps (N,K,h,w), in the order of the weight's channels -> (N,C,H,W), with `size` (H,W)."""
+        number, (height, width), kernel = len(maps[0]), size, self.conv.kernel_size[0]
+        weights = torch.split(self.conv.weight, [x.shape[1] for x in maps], dim=1)
+        sums, lines, along = [], [], []
+        for x, weight in zip(maps, weights, strict=True):
+            if x.shape[2:] == size:
+                sums.append(F.conv2d(x, weight, padding=self.conv.padding))
+                continue
+            h, w = x.shape[2:]
+            taps = weight.permute(2, 3, 0, 1).flatten(0, 2)
+            small = F.linear(x.permute(0, 2, 3, 1), taps).view(number, h, w, kernel, kernel, -1)
+            small = small.permute(0, 3, 1, 4, 2, 5).reshape(number, kernel * h, -1)
+            down = tap_weights(h, height, kernel, small.dtype, small.device)
+            made = down.expand(number, -1, -1).bmm(small)  # (N, H, taps x w x C)
+            lines.append(made.view(number * height, kernel * w, -1))
+            along.append(tap_weights(w, width, kernel, small.dtype, small.device))
+        if lines:
+            across = torch.cat(along, dim=1).expand(number * height, -1, -1)
+            made = across.bmm(torch.cat(lines, dim=1))  # (N x H, W, C)
+            sums.append(made.view(number, height, width, -1).permute(0, 3, 1, 2))
+        joined: Tensor = self.relu(self.bn(sum(sums[1:], start=sums[0])))
+        return joined
 
 
 class SeparableConvModule(nn.Sequential):
@@ -68,9 +104,9 @@ class PyramidPooling(nn.ModuleList):
             for scale in scales
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N,K,H,W) -> (N, K + channels * len(scales), H, W)."""
-        return torch.cat([x, *(resize(pool(x), x.shape[2:]) for pool in self)], dim=1)
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N,K,H,W) -> the same, and (N,channels,s,s) for each scale s."""
+        return [x, *(pool(x) for pool in self)]
 
 
 def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
@@ -147,6 +183,19 @@ def bilinear_weights(old: int, new: int, dtype: torch.dtype, device: torch.devic
     with torch.inference_mode(mode=False):  # what is kept must serve in training too
         lines = torch.eye(old, dtype=torch.float64).view(1, old, 1, old)
         return resize(lines, (1, new))[0, :, 0].T.contiguous().to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+def tap_weights(
+    old: int, new: int, kernel: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """(new, kernel * old): for each tap of a kernel, `bilinear_weights` of the rows it meets.
+
+    With zeros where it lies outside, as a convolution that keeps the size pads.
+    """
+    with torch.inference_mode(mode=False):  # what is kept must serve in training too
+        rows = F.pad(bilinear_weights(old, new, dtype, device), (0, 0, kernel // 2, kernel // 2))
+        return torch.cat([rows[tap : tap + new] for tap in range(kernel)], dim=1)
 
 
 @lru_cache(maxsize=64)

@@ -3,7 +3,7 @@
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.models.layers import ConvModule, PyramidPooling
+from pipeline.models.layers import JoiningConv, PyramidPooling
 from pipeline.models.segmenter import Classifier, HeadParams
 from pipeline.params import Positive
 
@@ -31,9 +31,10 @@ class PSPHead(Classifier):
         channels, scales = params.channels, params.pool_scales
         super().__init__(channels, num_classes, params.dropout)
         self.psp_modules = PyramidPooling(widths[-1], channels, scales)
-        self.bottleneck = ConvModule(widths[-1] + len(scales) * channels, channels, 3)
+        self.bottleneck = JoiningConv(widths[-1] + len(scales) * channels, channels, 3)
 
     def decode(self, features: list[Tensor]) -> Tensor:
         """Features at the coarsest."""
-        decoded: Tensor = self.bottleneck(self.psp_modules(features[-1]))
+        x = features[-1]
+        decoded: Tensor = self.bottleneck(self.psp_modules(x), x.shape[2:])
         return decoded

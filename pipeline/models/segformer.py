@@ -1,9 +1,8 @@
 """The light head of SegFormer."""
 
-import torch
 from torch import Tensor, nn
 
-from pipeline.models.layers import ConvModule, resize
+from pipeline.models.layers import ConvModule, JoiningConv
 from pipeline.models.segmenter import Classifier, HeadParams
 from pipeline.params import AtLeast0, Positive
 
@@ -28,11 +27,10 @@ class SegFormerHead(Classifier):
         channels = params.channels
         super().__init__(channels, num_classes, params.dropout)
         self.convs = nn.ModuleList(ConvModule(width, channels, 1) for width in widths[-4:])
-        self.fusion_conv = ConvModule(4 * channels, channels, 1)
+        self.fusion_conv = JoiningConv(4 * channels, channels, 1)
 
     def decode(self, features: list[Tensor]) -> Tensor:
         """Features at stride 4."""
-        size = features[-4].shape[2:]
-        levels = [resize(conv(x), size) for conv, x in zip(self.convs, features[-4:], strict=True)]
-        decoded: Tensor = self.fusion_conv(torch.cat(levels, dim=1))
+        levels = [conv(x) for conv, x in zip(self.convs, features[-4:], strict=True)]
+        decoded: Tensor = self.fusion_conv(levels, levels[0].shape[2:])
         return decoded

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from pipeline.models import HEADS, ModelParams
 from pipeline.models.backbones import build_backbone
 from pipeline.models.keyed import KeyedDropout, key_random_layers, uniform
-from pipeline.models.layers import average_pool
+from pipeline.models.layers import JoiningConv, average_pool, resize
+from tests.unit.largest import Largest
 from tests.unit.sections import build, model_params
 
 BACKBONES = (
@@ -204,6 +205,29 @@ def test_pooling_is_torchs_adaptive_average(size: tuple[int, int], bins: int):
     weights = torch.randn_like(ours)
     gradients = [torch.autograd.grad((out * weights).sum(), x)[0] for out in (ours, theirs)]
     assert torch.allclose(*gradients, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_joined_maps_are_convolved_as_if_they_were_joined(kernel: int):
+    size = (7, 13)
+    layer = JoiningConv(5 * 3, 4, kernel).double()
+    sizes = [(1, 1), (7, 13), (6, 6), (9, 13), (2, 5)]  # smaller, as large, larger in a side
+    maps = [torch.randn(2, 3, *one, dtype=torch.float64, requires_grad=True) for one in sizes]
+    ours = layer(maps, size)
+    whole = torch.cat([resize(one, size) for one in maps], dim=1)
+    theirs = nn.Sequential.forward(layer, whole)
+    weights, learned = torch.randn_like(ours), [*maps, *layer.parameters()]
+    gradients = [torch.autograd.grad((out * weights).sum(), learned) for out in (ours, theirs)]
+    for one, other in zip([ours, *gradients[0]], [theirs, *gradients[1]], strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
+def test_joined_maps_are_never_whole():
+    layer = JoiningConv(4 * 32, 4, 3)
+    maps = [torch.randn(1, 32, side, side, requires_grad=True) for side in (32, 3, 2, 1)]
+    with Largest() as largest:
+        layer(maps, (32, 32)).sum().backward()
+    assert largest.elements == 32 * 32 * 32  # the first map, or its gradient
 
 
 def dropped(layer: KeyedDropout, keys: Tensor) -> Tensor:
