@@ -1,4 +1,4 @@
-"""Ours alone: start-up, waiting for data, two processes beside two threads, growth, checkpoints.
+"""Ours alone: what has no counterpart in the peer, or is a bound of its own.
 
 - start-up: `python -m stages.train` of a tiny project until its first iteration is reported, and
   `dvc repro` with nothing to do.
@@ -6,16 +6,22 @@
   loading, on one batch that is there already.
 - processes: the same steps by two processes of one thread, and by one process of two.
 - growth: opening the index of so many generated records, and drawing the first sample's number.
-- checkpoint: for how long saving holds up the loop, PSPNet R18.
+- prepare: of 1,024 images of 683x512, beside decoding them and their targets by as many processes.
+- memory: the peak of a small training of 2,000 iterations and ten validations, and how many times
+  that is what it was after the first.
+- checkpoint: for how long saving PointRend R101 holds up the loop, and when it is written.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +34,8 @@ CASES = [
     Case("waiting for data", threads=2, sides=OURS),
     Case("processes", threads=2, sides=OURS),
     *(Case(f"growth {records}", sides=OURS) for records in RECORDS),
+    Case("prepare", threads=2, rounds=3, sides=OURS),
+    Case("memory", threads=2, rounds=1, warm=False, sides=OURS),
     Case("checkpoint", threads=2, sides=OURS),
 ]
 RECIPE, SIDE, BATCH, STEPS = "pspnet_r18-d8_512x1024_80k_cityscapes", 256, 2, 6
@@ -38,8 +46,15 @@ def ours(case: str) -> Round:
     name, _, number = case.partition(" ")
     if name == "growth":
         return growth(int(number))
-    measure = {"start-up": start_up, "waiting": waiting, "processes": processes}
-    return measure.get(name, checkpoint)()
+    measure = {
+        "start-up": start_up,
+        "waiting for data": waiting,
+        "processes": processes,
+        "prepare": preparing,
+        "memory": memory,
+        "checkpoint": checkpoint,
+    }
+    return measure[case]()
 
 
 def start_up() -> Round:
@@ -69,12 +84,12 @@ def start_up() -> Round:
     return measure
 
 
-def learner(batch_size: int = BATCH) -> tuple[Any, Any]:
-    """PSPNet R18 for 19 classes, and its parameters."""
+def learner(recipe: str = RECIPE) -> tuple[Any, Any]:
+    """A recipe's for 19 classes, PSPNet R18 at first, and its parameters."""
     from benchmarks import ours
 
-    changes = {"augmentation.crop_size": [SIDE, SIDE], "train.batch_size": batch_size}
-    given = ours.params(RECIPE, changes)
+    changes = {"augmentation.crop_size": [SIDE, SIDE], "train.batch_size": BATCH}
+    given = ours.params(recipe, changes)
     return ours.learner_of(given, 19), given
 
 
@@ -195,15 +210,80 @@ def growth(records: int) -> Round:
     return measure
 
 
+def preparing() -> Round:
+    """16 links to each file of the row `loader`: they are read one by one."""
+    from benchmarks import loader, ours
+    from pipeline.data.audit import prepare
+
+    place = tempfile.TemporaryDirectory(prefix="instep-bench-", dir=ours.WORK)
+    root, source = Path(place.name) / "set", loader.files("ade20k")
+    for file in sorted(source.glob("*/*/*")):
+        split = file.parent.name
+        folder = root / file.parent.relative_to(source)
+        folder.mkdir(parents=True, exist_ok=True)
+        for copy in range(16 if split == "train" else 1):
+            os.link(file, folder / f"{file.stem}-{copy:02}{file.suffix}")
+    given = ours.data_params(root, loader.SETS["ade20k"][0])
+    files = [sorted(root.glob(f"{kind}/*/*")) for kind in ("images", "targets")]
+
+    def measure() -> tuple[Metrics, None]:
+        begin = time.perf_counter()
+        prepare(given, Path(place.name) / "prepared", lambda done, total: None)
+        ours_s = time.perf_counter() - begin
+        begin = time.perf_counter()
+        with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+            list(pool.map(decode, *files, chunksize=128))
+        alone = time.perf_counter() - begin
+        return {"s": ours_s, "s of decoding": alone, "of decoding": ours_s / alone}, None
+
+    return measure
+
+
+def decode(image: Path, target: Path) -> None:
+    """Read both, and nothing else."""
+    import cv2
+
+    from pipeline.data.files import read_ids, read_image
+
+    cv2.setNumThreads(1)
+    read_image(image)
+    read_ids(target)
+
+
+def memory() -> Round:
+    """The peak as the training's own curves have it."""
+    from tests import project
+
+    place = tempfile.TemporaryDirectory(prefix="instep-bench-")
+    changes = {
+        "train.iterations": 2000,
+        "evaluation.interval": 200,
+        "tracking.log_interval": 100,
+        "train.checkpoint.interval": 200,
+    }
+    made = project.make_project(Path(place.name), {"train": 8, "val": 4, "test": 2}, **changes)
+    project.stage(made, "prepare")
+
+    def measure() -> tuple[Metrics, None]:
+        assert place  # the folder lives as long as this function
+        said = project.stage(made, "train")
+        peaks = [float(one) for one in re.findall(r"memory_gib ([\d.]+)", said)]
+        first, last = peaks[2], peaks[-1]  # of iteration 300, which a validation went before
+        return {"GiB": last, "GiB after the first": first, "growth": last / first}, None
+
+    return measure
+
+
 def checkpoint() -> Round:
     """`save_progress` of a training that has made a step, and that has just been its best."""
     import torch
 
+    from pipeline.disk import Writer
     from pipeline.training.checkpoint import Description
     from pipeline.training.loop import Progress, save_progress, train_step
     from pipeline.training.state import State
 
-    one, _ = learner()
+    one, _ = learner("pointrend_r101_512x512_160k_ade20k")
     place = tempfile.TemporaryDirectory(prefix="instep-bench-")
     os.environ["DVC_ROOT"] = place.name  # where the state lies
     state = State("0" * 32)
@@ -212,16 +292,19 @@ def checkpoint() -> Round:
     targets = torch.randint(0, 19, (BATCH, SIDE, SIDE), dtype=torch.uint8)
     train_step(one, (images, targets, torch.arange(BATCH)), 1)
     told = Description(classes=["a"], palette=[[0] * 3], ignore_index=255, frequency=[1], params={})
-    progress = Progress(1, {"iteration": 1, "mean_iou": 0.5})
+    progress, writer = Progress(1, {"iteration": 1, "mean_iou": 0.5}), Writer()
 
     def measure() -> tuple[Metrics, None]:
         assert place  # the folder lives as long as this function
         figures = {}
-        for name, improved in (("s", False), ("s of the best", True)):
+        for name, improved in (("", False), (" of the best", True)):
             begin = time.perf_counter()
-            save_progress(one, progress, state, told, improved=improved)
-            figures[name] = time.perf_counter() - begin
-        return figures, None
+            save_progress(one, progress, state, told, writer, improved=improved)
+            figures[f"s{name}"] = time.perf_counter() - begin
+            writer.wait()
+            figures[f"s until{name} written"] = time.perf_counter() - begin
+        size = (state.folder / "state.pt").stat().st_size
+        return {**figures, "MB of state.pt": size / 1e6}, None
 
     return measure
 

@@ -8,6 +8,7 @@ from benchmarks.images import WORK
 from benchmarks.protocol import REPOSITORY
 from pipeline import distributed
 from pipeline.data.audit import prepare
+from pipeline.data.params import DataParams
 from pipeline.data.store import INDEX, Store
 from pipeline.experiment import Params
 from pipeline.training.optimization import Learner
@@ -33,17 +34,16 @@ def params(recipe: str, changes: dict[str, Any]) -> Params:
 def prepared(root: Path, recipe: str) -> Store:
     """The generated folder as our own `prepare` packs it, once, with the classes of a recipe."""
     folder = WORK / f"{root.name}-prepared"
-    given = params(
-        recipe,
-        {
-            "data.root": str(root),
-            "data.format": {"name": "pairs", "splits": {"source": "given"}},
-            "data.allow_missing_classes": True,
-        },
-    )
     if not (folder / INDEX).is_file():
-        prepare(given.data, folder, lambda done, total: None)
+        prepare(data_params(root, recipe), folder, lambda done, total: None)
     return Store(folder)
+
+
+def data_params(root: Path, recipe: str) -> DataParams:
+    """The section `data` of a generated folder, with the classes of a recipe."""
+    pairs = {"name": "pairs", "splits": {"source": "given"}}
+    changes = {"root": str(root), "format": pairs, "allow_missing_classes": True}
+    return params(recipe, {f"data.{name}": value for name, value in changes.items()}).data
 
 
 def learner_of(given: Params, num_classes: int) -> Learner:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.protocol import HEADER, REPOSITORY, Outcome, lines, measure
 
-ROWS = ("loader", "step", "confusion", "evaluation", "law", "alone")
+ROWS = ("loader", "step", "training", "confusion", "evaluation", "law", "alone")
 
 
 def main() -> None:
@@ -39,6 +39,8 @@ def main() -> None:
             if options.case in case.name:
                 outcomes.append(measure(row, case, pythons, options.rounds))
                 print(*lines(outcomes[-1]), sep="\n", flush=True)
+    if not outcomes:
+        parser.error(f"no case of these rows has {options.case!r} in its name")
     failures = [outcome for outcome in outcomes if outcome.failure]
     for outcome in failures:
         print(f"\n{outcome.row}, {outcome.case.name}: {outcome.failure}", file=sys.stderr)

@@ -56,10 +56,13 @@ def model(loaded: Any, crop: tuple[int, int]) -> Any:
     return revert_sync_batchnorm(MODELS.build(loaded.model))
 
 
+def described(section: Any, root: Path, split: str) -> dict[str, Any]:
+    """The section of a configuration's dataset, of a generated folder."""
+    prefix = {"img_path": f"images/{split}", "seg_map_path": f"targets/{split}"}
+    suffixes = {"img_suffix": ".jpg", "seg_map_suffix": ".png"}
+    return {**section, "data_root": str(root), "data_prefix": prefix, **suffixes}
+
+
 def dataset(loader: Any, root: Path, split: str, pipeline: Any) -> Any:
     """The dataset of a configuration's loader, on a generated folder."""
-    prefix = {"img_path": f"images/{split}", "seg_map_path": f"targets/{split}"}
-    changes = {"img_suffix": ".jpg", "seg_map_suffix": ".png", "pipeline": pipeline}
-    return DATASETS.build(
-        {**loader.dataset, "data_root": str(root), "data_prefix": prefix, **changes}
-    )
+    return DATASETS.build({**described(loader.dataset, root, split), "pipeline": pipeline})

@@ -116,7 +116,8 @@ def _read_target(path: Path, convert: str | None = None) -> tuple[str, NDArray[A
             # Pillow spreads the ids of a grey PNG of 2 or 4 bits over 0-255.
             step = {"L;2": 85, "L;4": 17}.get(str(file.tile[0][3]), 1) if file.tile else 1
             mode = file.mode
-            pixels = np.asarray(file.convert(convert) if convert else file) // step
+            pixels = np.asarray(file.convert(convert) if convert else file)
+            pixels = pixels if step == 1 else pixels // step
     except Exception as error:  # what Pillow raises depends on where a file is broken
         raise ValueError(f"{path}: can't be read as a target ({error})") from None
     _refuse_turned(path)

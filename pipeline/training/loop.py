@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from pipeline import distributed
 from pipeline.data.loader import RankBatches, Samples, build_loader
 from pipeline.data.store import Split
-from pipeline.disk import FORMAT
+from pipeline.disk import FORMAT, Writer
 from pipeline.evaluation.inference import Predictor, evaluate
 from pipeline.evaluation.metrics import summarize
 from pipeline.params import flatten
@@ -81,6 +82,7 @@ def train(
     loader = build_loader(samples, batches, options.workers, device.type == "cuda")
     ends = (options.iterations, options.total)
     recent: dict[str, Tensor] = {}
+    writer = Writer()
     watch = Stopwatch(device, options.batch_size)
     quiet = not (main and sys.stderr.isatty())
     bar = tqdm(total=options.total, initial=progress.iteration, desc="train", disable=quiet)
@@ -119,10 +121,11 @@ def train(
             track(entry)
             log.info("%s", summary_line(entry, "  "))
         if saved and main:
-            save_progress(learner, progress, state, description, improved=improved)
+            save_progress(learner, progress, state, description, writer, improved=improved)
         watch.waiting()
     if main and options.total == 0:  # the weights as they were loaded
-        save_progress(learner, progress, state, description, improved=False)
+        save_progress(learner, progress, state, description, writer, improved=False)
+    writer.wait()
     bar.close()
 
 
@@ -182,14 +185,29 @@ def validate(predictor: Predictor, split: Split, labels: Description) -> History
 
 
 def save_progress(
-    learner: Learner, progress: Progress, state: State, description: Description, *, improved: bool
+    learner: Learner,
+    progress: Progress,
+    state: State,
+    description: Description,
+    writer: Writer,
+    *,
+    improved: bool,
 ) -> None:
-    """Save what a killed training goes on from, and the best checkpoint where this is it."""
+    """Save what a killed training goes on from, and the best checkpoint where this is it.
+
+    A copy is made at once, of which there is one at a time, and written while the training goes on.
+    """
+    writer.wait()
     checkpoint = build_checkpoint(learner.states(), progress.iteration, progress.best, description)
-    if improved:
-        state.save_best(checkpoint)
-    history, means = progress.history, progress.means
-    state.save(Saved(format=FORMAT, checkpoint=checkpoint, history=history, means=means))
+    history, means = [*progress.history], deepcopy(progress.means)
+    saved = Saved(format=FORMAT, checkpoint=checkpoint, history=history, means=means)
+
+    def write() -> None:
+        if improved:
+            state.save_best(checkpoint)
+        state.save(saved)
+
+    writer.start(write)
 
 
 def summary_line(entry: HistoryEntry, separator: str) -> str:

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from pipeline import disk
-from pipeline.disk import FORMAT, write_atomically
+from pipeline.disk import FORMAT, Writer, write_atomically
 from pipeline.models.weights import read_file
 from pipeline.training import state as state_module
 from pipeline.training.checkpoint import Checkpoint, build_checkpoint, fill, load_checkpoint, save
@@ -169,6 +170,24 @@ def test_weights_that_do_not_fit_are_listed_with_their_shapes_and_none_is_loaded
         "  2.weight: unknown",
     ]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_program_goes_on_while_its_writer_writes_one_thing_after_another():
+    writer, allowed, written = Writer(), threading.Event(), []
+    writer.start(lambda: allowed.wait(30) and written.append(1))
+    assert not written
+    allowed.set()
+    writer.start(lambda: written.append(2))
+    writer.wait()
+    assert written == [1, 2]
+
+
+def test_what_goes_wrong_while_writing_is_raised_once(tmp_path: Path):
+    writer = Writer()
+    writer.start(lambda: (tmp_path / "none" / "file").write_text(""))
+    with pytest.raises(FileNotFoundError):
+        writer.wait()
+    writer.wait()
 
 
 @pytest.fixture
