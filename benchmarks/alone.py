@@ -278,10 +278,9 @@ def checkpoint() -> Round:
     """`save_progress` of a training that has made a step, and that has just been its best."""
     import torch
 
-    from pipeline.disk import Writer
     from pipeline.training.checkpoint import Description
     from pipeline.training.loop import Progress, save_progress, train_step
-    from pipeline.training.state import State
+    from pipeline.training.state import State, Writer
 
     one, _ = learner("pointrend_r101_512x512_160k_ade20k")
     place = tempfile.TemporaryDirectory(prefix="instep-bench-")
@@ -299,7 +298,7 @@ def checkpoint() -> Round:
         figures = {}
         for name, improved in (("", False), (" of the best", True)):
             begin = time.perf_counter()
-            save_progress(one, progress, state, told, writer, improved=improved)
+            save_progress(one, progress, state, told, writer=writer, improved=improved)
             figures[f"s{name}"] = time.perf_counter() - begin
             writer.wait()
             figures[f"s until{name} written"] = time.perf_counter() - begin

@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,28 +41,6 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-class Writer:
-    """Writes on a thread of its own, one thing at a time, while the program goes on.
-
-    What goes wrong is raised by the next call. A program that ends before has it written first.
-    """
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self._last: Future[object] | None = None
-
-    def start(self, write: Callable[[], object]) -> None:
-        """Begin to write, after what was begun before is on disk."""
-        self.wait()
-        self._last = self._pool.submit(write)
-
-    def wait(self) -> None:
-        """Until all is on disk."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
 
 
 def file_md5(path: Path) -> str:

@@ -6,7 +6,24 @@ while, and beside another busy process that makes a training up to ten times slo
 huge pages, where the system has some (Linux): a batch is then made with a tenth of the page faults.
 """
 
+import gc
 import os
+import sys
+from collections.abc import Callable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a stage or a command to its end; a ValueError is said in a line, and the exit code is 1.
+
+    Its objects are then kept from the garbage collector, which would look for cycles in all that
+    torch and MLflow have made, a second long, in a process that ends.
+    """
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        gc.freeze()

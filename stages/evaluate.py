@@ -1,7 +1,6 @@
 """Stage 3: the best checkpoint -> metrics.json, plots and pictures, added to the training's run."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from pipeline.precision import PRECISIONS, Normalization
 from pipeline.tracking import dvc_tags, git_tags, open_evaluation_run
 from pipeline.training.checkpoint import Checkpoint, fill, load_checkpoint
 from pipeline.training.state import Identity, State, evaluation_fingerprint
+from stages import run_main
 
 METRICS = Path("metrics.json")
 
@@ -140,7 +140,4 @@ def record(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

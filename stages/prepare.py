@@ -7,6 +7,7 @@ from tqdm import tqdm
 from pipeline.data.audit import prepare
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import PREPARED, Store
+from stages import run_main
 
 
 def main() -> None:
@@ -30,7 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

@@ -8,7 +8,6 @@ goes from params.yaml and so has its default. In the other sections it sets what
 
 import argparse
 import json
-import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pipeline.comments import rewrite
 from pipeline.experiment import load_params
 from pipeline.params import flatten, nearest
 from pipeline.yaml12 import read_yaml
+from stages import run_main
 
 RECIPES = Path(__file__).parents[1] / "pipeline" / "recipes"
 PARAMS = Path("params.yaml")
@@ -177,7 +177,4 @@ def _short(values: dict[str, Any], key: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

@@ -39,6 +39,7 @@ from pipeline.training.state import (
     start_files,
     train_fingerprint,
 )
+from stages import run_main
 
 log = logging.getLogger("instep")
 
@@ -280,7 +281,4 @@ def write_outputs(work_dir: Path, state: State, tracker: Tracker) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

@@ -105,7 +105,7 @@ def _pack(
             try:
                 image, ids = reader.read(record)
                 counts = np.bincount(ids.ravel())
-                _judge(record, image, ids.shape, counts, params)
+                _judge(record, image, ids.shape, counts=counts, params=params)
             except ValueError as error:
                 shard.problems.append(str(error))
                 continue
@@ -114,7 +114,10 @@ def _pack(
             histogram = np.zeros(256, np.int64)
             np.add.at(histogram, table[: len(counts)], counts)
             classes = tuple(np.flatnonzero(histogram[: len(params.classes)]).tolist())
-            shard.entries.append(Entry(record.name, name, offset, height, width, classes))
+            entry = Entry(
+                record.name, name, offset=offset, height=height, width=width, classes=classes
+            )
+            shard.entries.append(entry)
             shard.sums.append(_pixel_sum(image))
             shard.histogram += histogram
             shard.shown += (histogram > 0) * histogram[: len(params.classes)].sum()
@@ -135,6 +138,7 @@ def _judge(
     record: Record,
     image: Array,
     size: tuple[int, ...],
+    *,
     counts: NDArray[np.int64],
     params: DataParams,
 ) -> None:

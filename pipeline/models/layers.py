@@ -46,27 +46,35 @@ class JoiningConv(ConvModule):
         self, maps: Sequence[Tensor], size: torch.Size | tuple[int, int]
     ) -> Tensor:
         """Maps (N,K,h,w), in the order of the weight's channels -> (N,C,H,W), with `size` (H,W)."""
-        number, (height, width), kernel = len(maps[0]), size, self.conv.kernel_size[0]
         weights = torch.split(self.conv.weight, [x.shape[1] for x in maps], dim=1)
         sums, lines, along = [], [], []
         for x, weight in zip(maps, weights, strict=True):
             if x.shape[2:] == size:
                 sums.append(F.conv2d(x, weight, padding=self.conv.padding))
                 continue
-            h, w = x.shape[2:]
-            taps = weight.permute(2, 3, 0, 1).flatten(0, 2)
-            small = F.linear(x.permute(0, 2, 3, 1), taps).view(number, h, w, kernel, kernel, -1)
-            small = small.permute(0, 3, 1, 4, 2, 5).reshape(number, kernel * h, -1)
-            down = tap_weights(h, height, kernel, small.dtype, small.device)
-            made = down.expand(number, -1, -1).bmm(small)  # (N, H, taps x w x C)
-            lines.append(made.view(number * height, kernel * w, -1))
-            along.append(tap_weights(w, width, kernel, small.dtype, small.device))
+            lines.append(_convolved_lines(x, weight, size[0]))
+            kind = {"dtype": lines[-1].dtype, "device": x.device}
+            along.append(tap_weights(x.shape[3], size[1], len(weight[0, 0]), **kind))
         if lines:
-            across = torch.cat(along, dim=1).expand(number * height, -1, -1)
-            made = across.bmm(torch.cat(lines, dim=1))  # (N x H, W, C)
-            sums.append(made.view(number, height, width, -1).permute(0, 3, 1, 2))
+            across = torch.cat(along, dim=1).expand(len(lines[0]), -1, -1)
+            resized = across.bmm(torch.cat(lines, dim=1))  # (N x H, W, C)
+            sums.append(resized.reshape(-1, *size, resized.shape[2]).permute(0, 3, 1, 2))
         joined: Tensor = self.relu(self.bn(sum(sums[1:], start=sums[0])))
         return joined
+
+
+def _convolved_lines(x: Tensor, weight: Tensor, height: int) -> Tensor:
+    """A map (N,K,h,w) and a kernel (C,K,k,k) -> (N x height, k x w, C), not yet resized along.
+
+    In each new row, what the kernel's columns make of each old column.
+    """
+    number, _, h, w = x.shape
+    channels, _, kernel, _ = weight.shape
+    taps = weight.permute(2, 3, 0, 1).flatten(0, 2)
+    small = F.linear(x.permute(0, 2, 3, 1), taps).reshape(number, h, w, kernel, kernel, channels)
+    small = small.permute(0, 3, 1, 4, 2, 5).reshape(number, kernel * h, -1)
+    down = tap_weights(h, height, kernel, dtype=small.dtype, device=small.device)
+    return down.expand(number, -1, -1).bmm(small).reshape(number * height, kernel * w, channels)
 
 
 class SeparableConvModule(nn.Sequential):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pipeline import distributed
 from pipeline.data.loader import RankBatches, Samples, build_loader
 from pipeline.data.store import Split
-from pipeline.disk import FORMAT, Writer
+from pipeline.disk import FORMAT
 from pipeline.evaluation.inference import Predictor, evaluate
 from pipeline.evaluation.metrics import summarize
 from pipeline.params import flatten
@@ -23,7 +23,7 @@ from pipeline.training.checkpoint import Best, Description, build_checkpoint
 from pipeline.training.optimization import Learner
 from pipeline.training.params import TrainParams
 from pipeline.training.speed import Stopwatch
-from pipeline.training.state import HistoryEntry, Means, Saved, State
+from pipeline.training.state import HistoryEntry, Means, Saved, State, Writer
 
 log = logging.getLogger("instep")
 
@@ -121,10 +121,10 @@ def train(
             track(entry)
             log.info("%s", summary_line(entry, "  "))
         if saved and main:
-            save_progress(learner, progress, state, description, writer, improved=improved)
+            save_progress(learner, progress, state, description, writer=writer, improved=improved)
         watch.waiting()
     if main and options.total == 0:  # the weights as they were loaded
-        save_progress(learner, progress, state, description, writer, improved=False)
+        save_progress(learner, progress, state, description, writer=writer, improved=False)
     writer.wait()
     bar.close()
 
@@ -189,8 +189,8 @@ def save_progress(
     progress: Progress,
     state: State,
     description: Description,
-    writer: Writer,
     *,
+    writer: Writer,
     improved: bool,
 ) -> None:
     """Save what a killed training goes on from, and the best checkpoint where this is it.

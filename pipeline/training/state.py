@@ -10,7 +10,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -278,6 +279,28 @@ class State:
     def remember_run(self, run_id: str) -> None:
         """Keep the MLflow run of this training, whatever happens next."""
         write_atomically(self._run_id, lambda file: file.write(run_id.encode()))
+
+
+class Writer:
+    """Writes on a thread of its own, one thing at a time, while the program goes on.
+
+    What goes wrong is raised by the next call. A program that ends before has it written first.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[object] | None = None
+
+    def start(self, write: Callable[[], object]) -> None:
+        """Begin to write, after what was begun before is on disk."""
+        self.wait()
+        self._last = self._pool.submit(write)
+
+    def wait(self) -> None:
+        """Until all is on disk."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
 
 def _write_curves(path: Path, prefix: str, history: list[dict[str, Any]]) -> None:

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from pipeline import disk
-from pipeline.disk import FORMAT, Writer, write_atomically
+from pipeline.disk import FORMAT, write_atomically
 from pipeline.models.weights import read_file
 from pipeline.training import state as state_module
 from pipeline.training.checkpoint import Checkpoint, build_checkpoint, fill, load_checkpoint, save
-from pipeline.training.state import KEPT_DAYS, HistoryEntry, Means, Saved, State
+from pipeline.training.state import KEPT_DAYS, HistoryEntry, Means, Saved, State, Writer
 
 
 def trained(optimizer: type = torch.optim.AdamW) -> tuple[nn.Module, torch.optim.Optimizer]:
