@@ -46,15 +46,17 @@ class JoiningConv(ConvModule):
         self, maps: Sequence[Tensor], size: torch.Size | tuple[int, int]
     ) -> Tensor:
         """Maps (N,K,h,w), in the order of the weight's channels -> (N,C,H,W), with `size` (H,W)."""
-        weights = torch.split(self.conv.weight, [x.shape[1] for x in maps], dim=1)
+        weight = self.conv.weight.permute(0, 2, 3, 1)  # as it lies in memory, and so its gradient
+        weights = torch.split(weight, [x.shape[1] for x in maps], dim=3)
         sums, lines, along = [], [], []
-        for x, weight in zip(maps, weights, strict=True):
+        for x, part in zip(maps, weights, strict=True):
             if x.shape[2:] == size:
-                sums.append(F.conv2d(x, weight, padding=self.conv.padding))
+                own = part.contiguous().permute(0, 3, 1, 2)
+                sums.append(F.conv2d(x, own, padding=self.conv.padding))
                 continue
-            lines.append(_convolved_lines(x, weight, size[0]))
+            lines.append(_convolved_lines(x, part, size[0]))
             kind = {"dtype": lines[-1].dtype, "device": x.device}
-            along.append(tap_weights(x.shape[3], size[1], len(weight[0, 0]), **kind))
+            along.append(tap_weights(x.shape[3], size[1], part.shape[1], **kind))
         if lines:
             across = torch.cat(along, dim=1).expand(len(lines[0]), -1, -1)
             resized = across.bmm(torch.cat(lines, dim=1))  # (N x H, W, C)
@@ -64,15 +66,15 @@ class JoiningConv(ConvModule):
 
 
 def _convolved_lines(x: Tensor, weight: Tensor, height: int) -> Tensor:
-    """A map (N,K,h,w) and a kernel (C,K,k,k) -> (N x height, k x w, C), not yet resized along.
+    """A map (N,K,h,w) and a kernel (C,k,k,K) -> (N x height, k x w, C), not yet resized along.
 
     In each new row, what the kernel's columns make of each old column.
     """
     number, _, h, w = x.shape
-    channels, _, kernel, _ = weight.shape
-    taps = weight.permute(2, 3, 0, 1).flatten(0, 2)
-    small = F.linear(x.permute(0, 2, 3, 1), taps).reshape(number, h, w, kernel, kernel, channels)
-    small = small.permute(0, 3, 1, 4, 2, 5).reshape(number, kernel * h, -1)
+    channels, kernel, *_ = weight.shape
+    small = F.linear(x.permute(0, 2, 3, 1), weight.flatten(0, 2))
+    small = small.reshape(number, h, w, channels, kernel, kernel)
+    small = small.permute(0, 4, 1, 5, 2, 3).reshape(number, kernel * h, -1)
     down = tap_weights(h, height, kernel, dtype=small.dtype, device=small.device)
     return down.expand(number, -1, -1).bmm(small).reshape(number * height, kernel * w, channels)
 
@@ -97,7 +99,7 @@ class AveragePool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N,C,H,W) -> (N,C,bins,bins)."""
-        return average_pool(x, self.bins)
+        return average_pools(x, [self.bins])[0]
 
 
 class PyramidPooling(nn.ModuleList):
@@ -111,10 +113,13 @@ class PyramidPooling(nn.ModuleList):
             nn.Sequential(AveragePool(scale), ConvModule(in_channels, channels, 1))
             for scale in scales
         )
+        self.scales = scales
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N,K,H,W) -> the same, and (N,channels,s,s) for each scale s."""
-        return [x, *(pool(x) for pool in self)]
+        pooled = average_pools(x, self.scales)
+        convs = (pool.get_submodule("1") for pool in self)
+        return [x, *(conv(one) for conv, one in zip(convs, pooled, strict=True))]
 
 
 def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
@@ -173,13 +178,21 @@ def padded(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, -width % multiple, 0, -height % multiple))
 
 
-def average_pool(x: Tensor, bins: int) -> Tensor:
-    """Adaptive average pooling, (N,C,H,W) -> (N,C,bins,bins).
+def average_pools(x: Tensor, bins: Sequence[int]) -> list[Tensor]:
+    """Adaptive average pooling to several sizes, (N,C,H,W) -> (N,C,bins,bins) each.
 
-    As two matrix products: torch's own has no deterministic backward on CUDA.
+    As one matrix product, so that x has one gradient: torch's own has no deterministic backward on
+    CUDA, and each would bring a map as large as x.
     """
-    rows, columns = (_bin_weights(side, bins, x.dtype, x.device) for side in x.shape[2:])
-    return rows @ x @ columns.T
+    weights = []
+    for one in bins:
+        rows, columns = (_bin_weights(side, one, x.dtype, x.device) for side in x.shape[2:])
+        weights.append(torch.kron(rows, columns))  # (bins x bins, H x W)
+    pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+    pooled = torch.cat(weights).expand(len(x), -1, -1).bmm(pixels)
+    parts = torch.split(pooled, [one**2 for one in bins], dim=1)
+    shaped = (part.reshape(len(x), one, one, -1) for one, part in zip(bins, parts, strict=True))
+    return [part.permute(0, 3, 1, 2) for part in shaped]
 
 
 @lru_cache(maxsize=64)
