@@ -159,8 +159,10 @@ def described(device: torch.device) -> str:
     """What the processes compute on, for a reader."""
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     processes, threads = world_size(), torch.get_num_threads()
-    plural = "es" if processes > 1 else ""
-    return f"{processes} process{plural} on {what}, {threads} CPU threads each"
+    plural = "s" if threads > 1 else ""
+    if processes == 1:
+        return f"1 process on {what}, with {threads} CPU thread{plural}"
+    return f"{processes} processes on {what}, each with {threads} CPU thread{plural}"
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -261,27 +263,30 @@ class _SyncNormalization(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # Statistics of bf16 input in fp32, as torch keeps them.
-        local_variance, local_mean = torch.var_mean(
-            x.to(torch.promote_types(x.dtype, weight.dtype)), dim=(0, 2, 3), correction=0
-        )
+        # Statistics of bf16 input in fp32, as torch keeps them; nothing is updated.
+        exact = x.to(torch.promote_types(x.dtype, weight.dtype))
+        local_mean, local_variance = torch.batch_norm_update_stats(exact, None, None, 0.0)
         means, variances = gather(torch.stack([local_mean, local_variance])).unbind(dim=1)
         mean = means.mean(dim=0)
         variance = (variances + (means - mean).square()).mean(dim=0)
-        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.eps = eps
         ctx.mark_non_differentiable(mean, variance)
         return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, mean, inverse_std = ctx.saved_tensors
-        gradient = gradients[0].to(weight.dtype)
-        centred = (x - mean[:, None, None]) * inverse_std[:, None, None]
-        of_bias, of_weight = gradient.sum(dim=(0, 2, 3)), (gradient * centred).sum(dim=(0, 2, 3))
-        sums = sum_over_ranks(torch.stack([of_bias, of_weight]))
-        count = x.numel() // x.shape[1] * world_size()
-        shift, slope = (sums / count)[:, :, None, None]
-        of_x = (gradient - shift - centred * slope) * (weight * inverse_std)[:, None, None]
+        x, weight, mean, variance = ctx.saved_tensors
+        gradient, exact = gradients[0].to(weight.dtype), x.to(weight.dtype)
+        inverse_std = (variance + ctx.eps).rsqrt()
+        given = (gradient, exact, weight, None, None, mean, inverse_std, True, ctx.eps)
+        sums_alone = (False, True, True)
+        _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(*given, sums_alone)
+        sums = sum_over_ranks(torch.stack([of_weight, of_bias]))
+        scale = weight * inverse_std
+        slope, shift = sums / (x.numel() // x.shape[1] * world_size()) * -scale
+        of_x = F.batch_norm(exact, mean, variance, slope, shift, eps=ctx.eps)
+        of_x.addcmul_(gradient, scale[:, None, None])
         return of_x.to(x.dtype), of_weight, of_bias, None
 
 
