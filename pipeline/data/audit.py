@@ -121,9 +121,9 @@ def _pack(
             shard.sums.append(_pixel_sum(image))
             shard.histogram += histogram
             shard.shown += (histogram > 0) * histogram[: len(params.classes)].sum()
-            for part in (image.data, target.data):
-                digest.update(part)
-                offset += file.write(part)
+            for part in (np.ascontiguousarray(image), np.ascontiguousarray(target)):
+                digest.update(part.data)
+                offset += file.write(part.data)
     shard.md5 = digest.hexdigest()
     return shard
 
