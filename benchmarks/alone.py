@@ -291,16 +291,16 @@ def checkpoint() -> Round:
     targets = torch.randint(0, 19, (BATCH, SIDE, SIDE), dtype=torch.uint8)
     train_step(one, (images, targets, torch.arange(BATCH)), 1)
     told = Description(classes=["a"], palette=[[0] * 3], ignore_index=255, frequency=[1], params={})
-    progress, writer = Progress(1, {"iteration": 1, "mean_iou": 0.5}), Writer()
+    progress = Progress(1, {"iteration": 1, "mean_iou": 0.5})
 
     def measure() -> tuple[Metrics, None]:
         assert place  # the folder lives as long as this function
         figures = {}
         for name, improved in (("", False), (" of the best", True)):
             begin = time.perf_counter()
-            save_progress(one, progress, state, told, writer=writer, improved=improved)
-            figures[f"s{name}"] = time.perf_counter() - begin
-            writer.wait()
+            with Writer() as writer:
+                save_progress(one, progress, state, told, writer=writer, improved=improved)
+                figures[f"s{name}"] = time.perf_counter() - begin
             figures[f"s until{name} written"] = time.perf_counter() - begin
         size = (state.folder / "state.pt").stat().st_size
         return {**figures, "MB of state.pt": size / 1e6}, None

@@ -1,4 +1,4 @@
-"""Whole trainings: the loader, steps at 256 pixels, the curves; without validations.
+"""Whole trainings: the loader, steps at 256 pixels, the curves; no validations, no checkpoints.
 
 Ours is `python -m stages.train`, which also tracks in MLflow; theirs a Runner of the published
 configuration, with its hooks. Both load with two processes, crop 256 pixels out of images of
@@ -69,6 +69,8 @@ def ours(case: str) -> Round:
             for line in training.stdout or ():
                 if found := re.match(r"iteration (\d+) ", line):
                     times[int(found[1])] = time.perf_counter()
+        if training.returncode:
+            raise RuntimeError(f"the training ended with {training.returncode}")
         return {"images/s": BATCH * (last - FIRST) / (times[last] - times[FIRST])}, None
 
     return measure
@@ -97,6 +99,7 @@ def theirs(case: str) -> Round:
         for name in ("dataloader", "evaluator", "cfg"):
             config[f"{part}_{name}"] = None
     config.default_hooks.logger.interval = INTERVAL
+    config.default_hooks.checkpoint = None
     config.work_dir = place.name
     runs = 0
 

@@ -35,6 +35,7 @@ from pipeline.training.optimization import Learner, build_learner
 from pipeline.training.state import (
     Identity,
     State,
+    Writer,
     result_params,
     start_files,
     train_fingerprint,
@@ -77,7 +78,7 @@ def run(params: Params, device: torch.device) -> None:
         learner = build(params, store, checkpoint, device)
         tracker = open_run(params, store, state, progress) if first else Tracker()
         rare = options.rare_class_temperature
-        with tracked(tracker):
+        with tracked(tracker), Writer() as writer:
             train(
                 learner,
                 progress,
@@ -105,6 +106,7 @@ def run(params: Params, device: torch.device) -> None:
                     save=options.checkpoint.interval,
                 ),
                 state=state,
+                writer=writer,
                 description=describe(params, store),
                 track=tracker.log,
             )

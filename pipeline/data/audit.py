@@ -31,7 +31,7 @@ RECORDS_PER_SHARD = 128
 class Shard:
     """What the packing of one shard found.
 
-    `sums` are of each entry's image what equal images have in common, and others seldom.
+    `sums` are those of each entry's pixels, which equal images have in common and others seldom.
     `histogram` counts the pixels of each id, `shown` the labelled ones of the images that show it.
     """
 
@@ -129,7 +129,10 @@ def _pack(
 
 
 def _pixel_sum(image: Array) -> int:
-    """The pixels, eight bytes a number: a hundred times cheaper than a hash of them."""
+    """The sum of the pixels, eight bytes a number, modulo 2^64, without the last few bytes.
+
+    A hundred times cheaper than a hash, which only images of equal sums need.
+    """
     pixels = image.ravel()
     return int(pixels[: len(pixels) // 8 * 8].view(np.uint64).sum())
 

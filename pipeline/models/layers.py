@@ -37,10 +37,14 @@ class ConvModule(nn.Sequential):
 class JoiningConv(ConvModule):
     """A `ConvModule` of several maps, resized to one size and joined along their channels.
 
-    The joined map is never made. What a kernel makes of a resized map is the sum, over its taps, of
-    small maps that are resized and shifted: each of them a 1x1 convolution of the map as it came.
-    So a map costs what its own size does, in time and in memory, and the sum is the same.
+    The joined map is never made. What a kernel makes of a resized map is the sum, over its k x k
+    taps, of small maps that are resized and shifted: each of them a 1x1 convolution of the map as
+    it came. So a map costs k x k times its own size, not that of the joined one; the sum is the
+    same, in another order.
     """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size)
 
     def forward(  # type: ignore[override] # a sequence is called with one thing
         self, maps: Sequence[Tensor], size: torch.Size | tuple[int, int]
@@ -118,7 +122,7 @@ class PyramidPooling(nn.ModuleList):
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N,K,H,W) -> the same, and (N,channels,s,s) for each scale s."""
         pooled = average_pools(x, self.scales)
-        convs = (pool.get_submodule("1") for pool in self)
+        convs = (pool.get_submodule("1") for pool in self)  # what stands before is for its number
         return [x, *(conv(one) for conv, one in zip(convs, pooled, strict=True))]
 
 
@@ -182,16 +186,14 @@ def average_pools(x: Tensor, bins: Sequence[int]) -> list[Tensor]:
     """Adaptive average pooling to several sizes, (N,C,H,W) -> (N,C,bins,bins) each.
 
     As one matrix product, so that x has one gradient: torch's own has no deterministic backward on
-    CUDA, and each would bring a map as large as x.
+    CUDA, and each would bring a map as large as x. The results are at least fp32.
     """
-    weights = []
-    for one in bins:
-        rows, columns = (_bin_weights(side, one, x.dtype, x.device) for side in x.shape[2:])
-        weights.append(torch.kron(rows, columns))  # (bins x bins, H x W)
+    height, width = x.shape[2:]
+    weights, rest = _pool_weights(height, width, tuple(bins), dtype=x.dtype, device=x.device)
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
-    pooled = torch.cat(weights).expand(len(x), -1, -1).bmm(pixels)
-    parts = torch.split(pooled, [one**2 for one in bins], dim=1)
-    shaped = (part.reshape(len(x), one, one, -1) for one, part in zip(bins, parts, strict=True))
+    pooled = weights.expand(len(x), -1, -1).bmm(pixels) * rest
+    squares = torch.split(pooled, [one**2 for one in bins], dim=1)
+    shaped = (part.reshape(len(x), one, one, -1) for one, part in zip(bins, squares, strict=True))
     return [part.permute(0, 3, 1, 2) for part in shaped]
 
 
@@ -219,12 +221,28 @@ def tap_weights(
         return torch.cat([rows[tap : tap + new] for tap in range(kernel)], dim=1)
 
 
-@lru_cache(maxsize=64)
-def _bin_weights(side: int, bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(bins, side): row i averages the positions from floor(i*side/bins) to ceil of the next."""
+@lru_cache(maxsize=8)
+def _pool_weights(
+    height: int, width: int, bins: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Two factors of the weights by which pixels are averaged: powers of two, and the rest.
+
+    Every type holds powers of two exactly, and the rest, at least fp32, is for after the sum:
+    rounded weights would make all of a bin larger or smaller. (bins, height x width) and (bins, 1),
+    the bins of all sizes below each other. A bin goes from floor(i*side/bins) to ceil of the next.
+    """
     with torch.inference_mode(mode=False):  # what is kept must serve in training too
-        weights = torch.zeros(bins, side, dtype=torch.float64)
-        for i in range(bins):
-            start, stop = i * side // bins, -(-(i + 1) * side // bins)
-            weights[i, start:stop] = 1 / (stop - start)
-        return weights.to(device, dtype)
+        masks = [torch.kron(_bins(height, one), _bins(width, one)) for one in bins]
+        mask = torch.cat(masks)
+        counts = mask.sum(dim=1, keepdim=True)
+        powers = torch.exp2(-counts.log2().round())
+        exact = torch.promote_types(dtype, torch.float32)
+        return (mask * powers).to(device, dtype), (1 / counts / powers).to(device, exact)
+
+
+def _bins(side: int, bins: int) -> Tensor:
+    """(bins, side): row i is 1 where the bin i is."""
+    mask = torch.zeros(bins, side, dtype=torch.float64)
+    for i in range(bins):
+        mask[i, i * side // bins : -(-(i + 1) * side // bins)] = 1
+    return mask

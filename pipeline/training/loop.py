@@ -63,14 +63,15 @@ def train(
     options: TrainParams,
     intervals: Intervals,
     state: State,
+    writer: Writer,
     description: Description,
     track: Callable[[HistoryEntry], None],
 ) -> None:
     """Train from progress.iteration to the end; leave the last checkpoint in `state`.
 
-    `predictor` measures the learner's network on the split `validation`; `description` is what
-    checkpoints say of themselves. `track` takes each new entry of the history, and must not hold up
-    the loop.
+    `predictor` measures the learner's network on the split `validation`; `writer` writes the
+    checkpoints, and `description` is what they say of themselves. `track` takes each new entry of
+    the history, and must not hold up the loop.
     """
     device, main = learner.device, distributed.rank() == 0
     batches = RankBatches(
@@ -82,7 +83,6 @@ def train(
     loader = build_loader(samples, batches, options.workers, device.type == "cuda")
     ends = (options.iterations, options.total)
     recent: dict[str, Tensor] = {}
-    writer = Writer()
     watch = Stopwatch(device, options.batch_size)
     quiet = not (main and sys.stderr.isatty())
     bar = tqdm(total=options.total, initial=progress.iteration, desc="train", disable=quiet)

@@ -284,16 +284,18 @@ class State:
 class Writer:
     """Writes on a thread of its own, one thing at a time, while the program goes on.
 
-    What goes wrong is raised by the next call. A program that ends before has it written first.
+    What goes wrong is raised by the next `wait`. Leaving the context waits too, so that nothing is
+    written after it; a process that is killed loses what it has begun to write.
     """
 
-    def __init__(self) -> None:
+    def __enter__(self) -> "Writer":
         self._pool = ThreadPoolExecutor(1)
         self._last: Future[object] | None = None
+        return self
 
     def start(self, write: Callable[[], object]) -> None:
-        """Begin to write, after what was begun before is on disk."""
-        self.wait()
+        """Begin to write; what was begun before has been waited for."""
+        assert self._last is None
         self._last = self._pool.submit(write)
 
     def wait(self) -> None:
@@ -301,6 +303,11 @@ class Writer:
         last, self._last = self._last, None
         if last is not None:
             last.result()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._pool.shutdown()
+        if error is None:  # which else would be hidden
+            self.wait()
 
 
 def _write_curves(path: Path, prefix: str, history: list[dict[str, Any]]) -> None:

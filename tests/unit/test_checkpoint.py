@@ -172,22 +172,44 @@ def test_weights_that_do_not_fit_are_listed_with_their_shapes_and_none_is_loaded
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_program_goes_on_while_its_writer_writes_one_thing_after_another():
-    writer, allowed, written = Writer(), threading.Event(), []
-    writer.start(lambda: allowed.wait(30) and written.append(1))
-    assert not written
-    allowed.set()
-    writer.start(lambda: written.append(2))
-    writer.wait()
+def test_a_program_goes_on_while_its_writer_writes():
+    allowed, written = threading.Event(), []
+    with Writer() as writer:
+        writer.start(lambda: allowed.wait(30) and written.append(1))
+        assert not written
+        allowed.set()
+        writer.wait()
+        writer.start(lambda: written.append(2))
     assert written == [1, 2]
 
 
 def test_what_goes_wrong_while_writing_is_raised_once(tmp_path: Path):
-    writer = Writer()
-    writer.start(lambda: (tmp_path / "none" / "file").write_text(""))
-    with pytest.raises(FileNotFoundError):
+    missing = tmp_path / "none" / "file"
+    with pytest.raises(FileNotFoundError), Writer() as writer:
+        writer.start(lambda: missing.write_text(""))
+    with Writer() as writer:
+        writer.start(lambda: missing.write_text(""))
+        with pytest.raises(FileNotFoundError):
+            writer.wait()
         writer.wait()
-    writer.wait()
+
+
+def test_an_error_elsewhere_lets_the_writer_end_and_is_not_hidden_by_its_own():
+    written = []
+
+    def write() -> None:
+        time.sleep(0.2)
+        written.append(1)
+        raise OSError
+
+    def work() -> None:
+        with Writer() as writer:
+            writer.start(write)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+    assert written == [1]
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def learner_on_a_gpu(head: str, precision: str) -> Learner:
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Take away what needs a real device or a value by its nature, once the networks are built."""
     # The tensors that these keep must not be fake.
-    kept = (layers._bin_weights, layers.bilinear_weights, layers.tap_weights, vit._resampling)
+    kept = (layers._pool_weights, layers.bilinear_weights, layers.tap_weights, vit._resampling)
 
     def forget() -> None:
         for cache in kept:

@@ -207,6 +207,13 @@ def test_pooling_is_torchs_adaptive_average(size: tuple[int, int], bins: int):
     assert torch.allclose(*gradients, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(97, 33), (64, 64), (128, 96)])
+def test_pooling_rounds_once_in_half_the_bits(dtype: torch.dtype, size: tuple[int, int]):
+    for pooled in average_pools(torch.ones(1, 1, *size, dtype=dtype), [1, 2, 3, 6]):
+        assert torch.allclose(pooled, torch.ones(()), rtol=0, atol=torch.finfo(dtype).eps / 2)
+
+
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_joined_maps_are_convolved_as_if_they_were_joined(kernel: int):
     size = (7, 13)
