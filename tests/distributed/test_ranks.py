@@ -76,17 +76,10 @@ def tensors(checkpoint: dict) -> dict[str, torch.Tensor]:
     return checkpoint["model"] | {f"ema.{name}": value for name, value in average.items()}
 
 
-# Half as long for all but the first network, unless they are shorter already.
-TRAININGS = {
-    name: {"train.iterations": 10} | changes if changes else {}
-    for name, changes in NETWORKS.items()
-}
-
-
 def one_process(project: Path, name: str = "pspnet") -> Path:
     """What one process makes of a network: trained once for all tests."""
     path = project / f"{name}.pt"
-    return path if path.exists() else shutil.copy(train(project, 1, **TRAININGS[name]), path)
+    return path if path.exists() else shutil.copy(train(project, 1, **NETWORKS[name]), path)
 
 
 CASES = [(name, gpus) for name in ("pspnet", "pointrend", "segformer") for gpus in (2, 4)]
@@ -95,7 +88,7 @@ CASES = [(name, gpus) for name in ("pspnet", "pointrend", "segformer") for gpus 
 @pytest.mark.parametrize(("network", "gpus"), [*CASES, ("lite0", 2), ("library", 2), ("eomt", 2)])
 def test_processes_give_the_weights_of_one(project: Path, network: str, gpus: int) -> None:
     one = one_process(project, network)
-    assert difference(one, train(project, gpus, **TRAININGS[network])) < 1e-9
+    assert difference(one, train(project, gpus, **NETWORKS[network])) < 1e-9
 
 
 def test_two_processes_share_every_term_the_clipping_and_the_average(project: Path) -> None:
@@ -167,19 +160,15 @@ def test_a_changed_seed_changes_the_weights(project: Path) -> None:
     assert difference(one_process(project), train(project, 1, **{"train.seed": 1})) > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("model", "counts"), [("pspnet", (1, 2, 3)), ("pointrend", (1, 3)), ("segformer", (1, 3))]
-)
-def test_ranks_share_an_evaluation_exactly(
-    project: Path, model: str, counts: tuple[int, ...]
-) -> None:
+@pytest.mark.parametrize("model", ["pspnet", "pointrend", "segformer"])
+def test_ranks_share_an_evaluation_exactly(project: Path, model: str) -> None:
     train(project, 1, **NETWORKS[model], **{"train.iterations": 1})
     seen = []
-    for gpus in counts:
+    for gpus in (1, 2, 3):
         shares = {"train.gpus": gpus, "train.batch_size": 6, "train.accumulation": 1}
         views = {"evaluation.scales": [1.0, 0.75], "evaluation.flip": True}
         set_params(project, shares | views | {"evaluation.batch_size": 1})
         run([sys.executable, "-m", "stages.evaluate"], project, OMP_NUM_THREADS="1")
         seen.append(((project / "outputs/evaluation/confusion.tsv").read_text(), metrics(project)))
-    assert all(one == seen[0] for one in seen)
+    assert seen[0] == seen[1] == seen[2]
     assert "mean_boundary_iou" in seen[0][1]
