@@ -85,7 +85,7 @@ def start_up() -> Round:
 
 
 def learner(recipe: str = RECIPE) -> tuple[Any, Any]:
-    """A recipe's for 19 classes, PSPNet R18 at first, and its parameters."""
+    """What a recipe trains, for 19 classes, and its parameters."""
     from benchmarks import ours
 
     changes = {"augmentation.crop_size": [SIDE, SIDE], "train.batch_size": BATCH}
@@ -301,7 +301,7 @@ def checkpoint() -> Round:
             with Writer() as writer:
                 save_progress(one, progress, state, told, writer=writer, improved=improved)
                 figures[f"s{name}"] = time.perf_counter() - begin
-            figures[f"s until{name} written"] = time.perf_counter() - begin
+            figures[f"s{name} until written"] = time.perf_counter() - begin
         size = (state.folder / "state.pt").stat().st_size
         return {**figures, "MB of state.pt": size / 1e6}, None
 

@@ -71,9 +71,14 @@ def ours(case: str) -> Round:
                     times[int(found[1])] = time.perf_counter()
         if training.returncode:
             raise RuntimeError(f"the training ended with {training.returncode}")
-        return {"images/s": BATCH * (last - FIRST) / (times[last] - times[FIRST])}, None
+        return speed(times, last), None
 
     return measure
+
+
+def speed(times: dict[int, float], last: int) -> Metrics:
+    """By the times at which iterations ended."""
+    return {"images/s": BATCH * (last - FIRST) / (times[last] - times[FIRST])}
 
 
 def theirs(case: str) -> Round:
@@ -118,8 +123,7 @@ def theirs(case: str) -> Round:
         runner = Runner.from_cfg(config)
         runner.register_hook(clock, "LOWEST")
         runner.train()
-        times = clock.times
         assert place  # the folder lives as long as this function
-        return {"images/s": BATCH * (last - FIRST) / (times[last] - times[FIRST])}, None
+        return speed(clock.times, last), None
 
     return measure

@@ -121,7 +121,7 @@ def _pack(
             shard.sums.append(_pixel_sum(image))
             shard.histogram += histogram
             shard.shown += (histogram > 0) * histogram[: len(params.classes)].sum()
-            for part in (np.ascontiguousarray(image), np.ascontiguousarray(target)):
+            for part in (np.ascontiguousarray(image), target):  # a tile may be a view
                 digest.update(part.data)
                 offset += file.write(part.data)
     shard.md5 = digest.hexdigest()

@@ -113,17 +113,16 @@ class PyramidPooling(nn.ModuleList):
     """
 
     def __init__(self, in_channels: int, channels: int, scales: tuple[int, ...]) -> None:
+        # The first layer is the pooling in MMSegmentation, and counts in the names of weights.
         super().__init__(
-            nn.Sequential(AveragePool(scale), ConvModule(in_channels, channels, 1))
-            for scale in scales
+            nn.Sequential(nn.Identity(), ConvModule(in_channels, channels, 1)) for _ in scales
         )
         self.scales = scales
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N,K,H,W) -> the same, and (N,channels,s,s) for each scale s."""
         pooled = average_pools(x, self.scales)
-        convs = (pool.get_submodule("1") for pool in self)  # what stands before is for its number
-        return [x, *(conv(one) for conv, one in zip(convs, pooled, strict=True))]
+        return [x, *(layers(one) for layers, one in zip(self, pooled, strict=True))]
 
 
 def resize(x: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
