@@ -70,8 +70,8 @@ def augment(
 ) -> tuple[Array, Array]:
     """One random training sample of `crop_size`; `fill` is the grey that pads a small image."""
     size = resized(target.shape, params.scale, rng.uniform(*params.ratio_range))
-    window = draw_window(target, size, params, ignore_index=ignore_index, rng=rng)
-    image, target = resize_window(image, size, window), nearest_window(target, size, window)
+    window, target = draw_window(target, size, params, ignore_index=ignore_index, rng=rng)
+    image = resize_window(image, size, window)
     for axis, chance in ((1, params.flip.horizontal), (0, params.flip.vertical)):
         if rng.random() < chance:
             image, target = (np.asarray(cv2.flip(x, axis), np.uint8) for x in (image, target))
@@ -104,8 +104,10 @@ def draw_window(
     params: AugmentationParams,
     ignore_index: int,
     rng: np.random.Generator,
-) -> Window:
-    """A crop of the resized image; redrawn up to 10 times while one class fills too much of it.
+) -> tuple[Window, Array]:
+    """A crop of the resized image, redrawn up to 10 times while one class fills too much of it.
+
+    With the target that it cuts out.
 
     A place is a whole pixel of the stored image, where MMSegmentation takes one of the resized
     image: as even a spread over the same range, which one plain resize cuts out.
@@ -117,14 +119,40 @@ def draw_window(
     )
     for _ in range(11):
         window = Window(int(rng.integers(rows)), int(rng.integers(columns)), height, width)
-        if params.cat_max_ratio == 1:
-            break
         seen = nearest_window(target, size, window)
-        counts = cv2.calcHist([seen], [0], None, [256], [0, 256]).ravel()
-        counts[ignore_index] = 0
-        if np.count_nonzero(counts) > 1 and counts.max() < params.cat_max_ratio * counts.sum():
+        ratio = params.cat_max_ratio
+        if ratio == 1 or not one_class_fills(seen, ratio, ignore_index):
             break
-    return window
+    return window, seen
+
+
+def one_class_fills(labels: Array, share: float, ignore_index: int) -> bool:
+    """Whether one class has this share of the labelled pixels, below 1, or none is labelled.
+
+    Of labels (H,W) uint8. To count one class is ten times cheaper than to count each: so they are
+    counted one by one, the most frequent of a few pixels first, until the others can't have it.
+    """
+    labelled = left = labels.size - _count(labels, ignore_index)
+    few = _counts(np.ascontiguousarray(labels[::8, ::8]), ignore_index)
+    for one in np.argsort(-few, kind="stable")[: np.count_nonzero(few)].tolist():
+        count = _count(labels, one)
+        left -= count
+        if count >= share * labelled:
+            return True
+        if left < share * labelled:
+            return False
+    return bool(_counts(labels, ignore_index).max() >= share * labelled)
+
+
+def _counts(labels: Array, ignore_index: int) -> NDArray[np.float32]:
+    """The pixels of each id, (256,), without the ignored ones."""
+    counts = np.asarray(cv2.calcHist([labels], [0], None, [256], [0, 256]), np.float32).ravel()
+    counts[ignore_index] = 0
+    return counts
+
+
+def _count(labels: Array, one: int) -> int:
+    return cv2.countNonZero(cv2.inRange(labels, (one,), (one,)))
 
 
 def nearest_window(target: Array, size: tuple[int, int], window: Window) -> Array:

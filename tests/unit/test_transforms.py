@@ -15,6 +15,7 @@ from pipeline.data.transforms import (
     draw_window,
     fill_of,
     nearest_window,
+    one_class_fills,
     pad,
     resize_window,
     resized,
@@ -157,11 +158,11 @@ def test_windows_lie_anywhere_inside_and_nowhere_else():
     target = np.zeros((10, 12), np.uint8)
     options = augmentation(crop_size=[8, 9])
     rng = np.random.default_rng(0)
-    drawn = {draw_window(target, (10, 12), options, 255, rng) for _ in range(500)}
+    drawn = {draw_window(target, (10, 12), options, 255, rng)[0] for _ in range(500)}
     assert drawn == {Window(top, left, 8, 9) for top in range(3) for left in range(4)}
     # At half the size a window of 4 x 5 covers 8 x 10 stored pixels.
     options = augmentation(crop_size=[4, 5])
-    drawn = {draw_window(target, (5, 6), options, 255, rng) for _ in range(500)}
+    drawn = {draw_window(target, (5, 6), options, 255, rng)[0] for _ in range(500)}
     assert drawn == {Window(top, left, 4, 5) for top in range(3) for left in range(3)}
 
 
@@ -173,7 +174,7 @@ def test_windows_spread_as_evenly_as_mmsegmentations():
     ours, theirs = [], []
     for ratio in rng.uniform(0.7, 3, 4000):
         size = resized(target.shape, None, ratio)
-        window = draw_window(target, size, options, 255, rng)
+        window, _ = draw_window(target, size, options, 255, rng)
         ours.append([beginning(*axis) for axis in zip(target.shape, size, window[:2], strict=True)])
         steps = [rng.integers(side - 128 + 1) for side in size]
         theirs.append(np.array(steps) * target.shape / size)
@@ -192,7 +193,7 @@ def test_a_window_is_redrawn_while_one_class_fills_it():
         options = augmentation(crop_size=[16, 16], cat_max_ratio=limit)
         over = 0
         for _ in range(300):
-            window = draw_window(target, target.shape, options, 255, rng)
+            window, _ = draw_window(target, target.shape, options, 255, rng)
             ones = (nearest_window(target, target.shape, window)[8:] == 1).mean()
             over += max(ones, 1 - ones) >= 0.75
         return over / 300
@@ -201,6 +202,20 @@ def test_a_window_is_redrawn_while_one_class_fills_it():
     # Eleven windows, of which the last is kept whatever it holds: (1 - p) ** 11 = 0.33.
     assert filled(1.0) == pytest.approx(0.90, abs=0.06)
     assert filled(0.75) == pytest.approx(0.33, abs=0.09)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75, 0.9])
+def test_whether_one_class_fills_a_crop_is_as_if_all_were_counted(share: float):
+    rng = np.random.default_rng(0)
+    filled = 0
+    for _ in range(2000):
+        classes = rng.choice([0, 1, 2, 3, 7, 255], rng.integers(1, 6))
+        chances = rng.dirichlet(np.full(len(classes), 0.4))
+        labels = rng.choice(classes, rng.integers(1, 40, 2), p=chances).astype(np.uint8)
+        counts = np.bincount(labels.ravel(), minlength=256)[:255]
+        filled += (expected := counts.max() >= share * counts.sum())
+        assert one_class_fills(labels, share, 255) == expected
+    assert 500 < filled < 2000
 
 
 def test_an_image_smaller_than_the_crop_is_padded():
