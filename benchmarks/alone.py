@@ -190,9 +190,11 @@ def growth(records: int) -> Round:
     entries = []
     for number in range(records):
         shard = f"train-{number // 128:05}.bin"
-        entry = Entry(f"image_{number:08}", shard, offset=number % 128, classes=shown, **size)
+        one = f"image_{number:08}"
+        entry = Entry(one, one, shard=shard, offset=number % 128, classes=shown, **size)
         entries.append(entry)
     named: dict[str, Any] = {"format": FORMAT, "name": "many", "ignore_index": 255}
+    named |= {"content": "", "fold": None}
     numbers = {"pixels": [1] * 150, "frequency": [0.1] * 150}
     classes = {"classes": [str(one) for one in range(150)], "palette": [[0, 0, 0]] * 150}
     splits = {"train": entries, "val": entries[:1], "test": []}

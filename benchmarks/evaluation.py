@@ -67,7 +67,7 @@ def ours(case: str) -> Round:
 
     def measure() -> tuple[Metrics, list[list[int]]]:
         begin = time.perf_counter()
-        total, *_ = evaluate(predictor, split, num_classes=CLASSES, ignore_index=255)
+        total = evaluate(predictor, split, num_classes=CLASSES, ignore_index=255)
         seconds = time.perf_counter() - begin
         labelled, predicted, both = total.sum(axis=1), total.sum(axis=0), np.diag(total)
         areas = [both, labelled + predicted - both, predicted, labelled]

@@ -1,16 +1,17 @@
 """Files that others rely on: written whole or not at all, locked, known by their content."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 # The version of every file that this tool writes for itself to read. Raise it with their content.
-FORMAT = 1
+FORMAT = 2
 
 
-def check_format(content: Mapping[str, Any], path: Path, remedy: str) -> None:
+def check_format(content: Mapping[str, Any], path: Path | str, remedy: str) -> None:
     """Refuse a file of another version of this tool.
 
     Raises:
@@ -41,6 +42,11 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file that people read, too."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def file_md5(path: Path) -> str:

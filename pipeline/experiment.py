@@ -11,9 +11,10 @@ from pydantic import model_validator
 
 from pipeline.data.params import DataParams
 from pipeline.data.transforms import AugmentationParams
+from pipeline.evaluation.comparison import GateParams
 from pipeline.evaluation.inference import EvaluationParams
 from pipeline.models import ModelParams, head_of
-from pipeline.params import Section, read_section
+from pipeline.params import Section, one_of, read_section
 from pipeline.tracking import TrackingParams
 from pipeline.training.params import TrainParams
 
@@ -27,6 +28,7 @@ class Params(Section):
     train: TrainParams
     evaluation: EvaluationParams
     tracking: TrackingParams
+    gate: GateParams | None
 
     @model_validator(mode="after")
     def _every_class_has_a_weight(self) -> Self:
@@ -37,6 +39,12 @@ class Params(Section):
                 f"model.loss.class_weights has {len(weights)} numbers for the {classes} "
                 "data.classes; give one a class, or balanced"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _the_gate_holds_classes(self) -> Self:
+        for name in self.gate.classes if self.gate else ():
+            one_of("gate.classes", name, self.data.classes)
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -56,6 +57,39 @@ class TrackingParams(Section):
     uri: str | None
     experiment: str = Field(min_length=1)
     log_interval: Positive
+
+
+def artifact_of(params: TrackingParams, name: str, path: Path) -> bytes | None:
+    """A file of a run's artifacts, by the run's id or its name; None where there is none.
+
+    Raises:
+        ValueError: several runs have this name, or the store can't be read.
+    """
+    try:
+        with _brief_requests():
+            client, experiment = _connect(params)
+            quote = "'" if '"' in name else '"'
+            named = f"attributes.run_name = {quote}{name}{quote}"
+            run = _find(client, name) if re.fullmatch("[0-9a-f]{32}", name) else None
+            ids = [one.info.run_id for one in [run] if one]
+            ids = ids or [one.info.run_id for one in client.search_runs([experiment], named)]
+        held = {one: _artifact(client, one, path) for one in ids}
+    except Exception as error:
+        raise ValueError(f"MLflow can't be asked for {name}: {_line(error)}") from None
+    found = {one: content for one, content in held.items() if content is not None}
+    if len(found) > 1:
+        raise ValueError(
+            f"{len(found)} MLflow runs are called {name}; name one by its id: {', '.join(found)}"
+        )
+    return next(iter(found.values()), None)
+
+
+def _artifact(client: "MlflowClient", run_id: str, path: Path) -> bytes | None:
+    listed = client.list_artifacts(run_id, path.parent.as_posix())
+    if path.as_posix() not in {one.path for one in listed}:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(client.download_artifacts(run_id, path.as_posix(), folder)).read_bytes()
 
 
 class Tracker:

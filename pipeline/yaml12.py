@@ -67,8 +67,12 @@ def read_yaml(path: Path) -> Any:
     Raises:
         ValueError: the file is no YAML, with the line.
     """
-    with path.open(encoding="utf-8") as file:
-        try:
-            return yaml.load(file, _Loader)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} can't be read: {error}") from None
+    return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """The same of a text, which errors call by this name."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} can't be read: {error}") from None

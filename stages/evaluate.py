@@ -1,4 +1,4 @@
-"""Stage 3: the best checkpoint -> metrics.json, plots and pictures, added to the training's run."""
+"""Stage 3: the best checkpoint -> predictions, scores and pictures, added to the training's run."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,13 @@ import torch
 
 from pipeline import distributed
 from pipeline.data.store import PREPARED, Store
-from pipeline.disk import check_format
+from pipeline.disk import check_format, write_json
 from pipeline.evaluation.baseline import colour_rule
-from pipeline.evaluation.inference import Predictor, evaluate
-from pipeline.evaluation.metrics import summarize
-from pipeline.evaluation.report import choose, write_overlays, write_plots
+from pipeline.evaluation.inference import Predictor, evaluate_images
+from pipeline.evaluation.metrics import iou_of, mean_of, summarize
+from pipeline.evaluation.per_image import PER_IMAGE, Origin, PerImage
+from pipeline.evaluation.report import Masks, choose, write_overlays, write_plots
+from pipeline.evaluation.uncertainty import intervals
 from pipeline.experiment import Params, load_params
 from pipeline.models import ModelParams, build_model
 from pipeline.models.network import Labels
@@ -21,10 +23,13 @@ from pipeline.params import flatten, plain
 from pipeline.precision import PRECISIONS, Normalization
 from pipeline.tracking import dvc_tags, git_tags, open_evaluation_run
 from pipeline.training.checkpoint import Checkpoint, fill, load_checkpoint
-from pipeline.training.state import Identity, State, evaluation_fingerprint
+from pipeline.training.state import Identity, State, evaluation_code, evaluation_fingerprint
 from stages import run_main
 
 METRICS = Path("metrics.json")
+# Of `evaluation`, what a result follows from that the training knows nothing of.
+MEASURED = ("mode", "crop", "stride", "split", "scales", "flip")
+HEADLINE = ("mean_iou", "pixel_accuracy", "mean_dice", "mean_boundary_iou")
 
 
 def main() -> None:
@@ -52,30 +57,65 @@ def run(params: Params, device: torch.device) -> None:
     predictor = load_predictor(params, checkpoint, device)
 
     num_classes, ignore_index = len(store.classes), store.ignore_index
-    confusion, boundary, image_scores = evaluate(
-        predictor,
-        split,
-        num_classes=num_classes,
-        ignore_index=ignore_index,
-        boundaries=True,
-    )
+    folder = work_dir / "evaluation"
+    masks = Masks(work_dir, split, store.palette)
+    if distributed.rank() == 0:
+        masks.clear()
+    distributed.barrier()
+    found = evaluate_images(predictor, split, num_classes, ignore_index, keep=masks.write)
     if distributed.rank() != 0:
         return
-    scores = summarize(confusion, store.classes, boundary)
-    summary = f"{params.evaluation.split}: mean IoU {scores['mean_iou']:.4f}"
+    names, groups = zip(*((entry.name, entry.group) for entry in split.entries), strict=True)
+    per_image = PerImage.of(origin(params, store, checkpoint, identity), names, groups, found)
+    confusion = per_image.confusion()
+    areas = per_image.areas()
+    scores = summarize(confusion, store.classes, per_image.boundary.sum(axis=0))
+    scores["interval"] = intervals(areas, per_image.groups, store.classes)
     if params.evaluation.baseline is not None:
         colour = colour_rule(store.split("train"), split, num_classes, ignore_index)
         rule = summarize(colour, store.classes)
         scores["baseline"] = {name: rule[name] for name in ("mean_iou", "pixel_accuracy", "iou")}
-        summary += f" (the colour rule: {rule['mean_iou']:.4f})"
-    METRICS.write_text(json.dumps(scores, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    folder = work_dir / "evaluation"
+    per_image.save(work_dir / PER_IMAGE)
+    write_json(folder / "scores.json", scores)
+    write_json(METRICS, headline(scores))
     write_plots(folder, scores, confusion, store)
-    write_overlays(
-        folder / "overlays", predictor, split=split, chosen=choose(image_scores), store=store
-    )
+    chosen = choose(mean_of(iou_of(areas)).tolist())
+    write_overlays(folder / "overlays", masks, split=split, chosen=chosen, store=store)
     record(params, store, identity=identity, scores=scores, folder=folder)
-    print(summary)
+    print(f"{params.evaluation.split}: {summary(scores)}")
+
+
+def origin(params: Params, store: Store, checkpoint: Checkpoint, identity: Identity) -> Origin:
+    """What was measured here, and by what."""
+    trained, settings = checkpoint["params"], plain(params.evaluation)
+    asked = {name: settings[name] for name in MEASURED}
+    return Origin(
+        classes=store.classes,
+        params=trained | {"evaluation": trained["evaluation"] | asked},
+        code=evaluation_code(identity["code"]),
+        data=store.content,
+        fold=store.fold,
+    )
+
+
+def headline(scores: dict[str, Any]) -> dict[str, float | None]:
+    """What metrics.json holds, and so the table of experiments: scores.json holds them all."""
+    chosen = {name: scores[name] for name in HEADLINE}
+    chosen |= {f"mean_iou_{end}": value for end, value in scores["interval"]["mean_iou"].items()}
+    if "baseline" in scores:
+        chosen["baseline_mean_iou"] = scores["baseline"]["mean_iou"]
+    return chosen
+
+
+def summary(scores: dict[str, Any]) -> str:
+    """The result in a line."""
+    low, high = scores["interval"]["mean_iou"].values()
+    said = f"mean IoU {scores['mean_iou']:.4f}"
+    if low is not None:
+        said += f", with other images {low:.4f} to {high:.4f} (95%)"
+    if "baseline" in scores:
+        said += f"; the colour rule: {scores['baseline']['mean_iou']:.4f}"
+    return said
 
 
 def load_predictor(params: Params, checkpoint: Checkpoint, device: torch.device) -> Predictor:
@@ -134,7 +174,13 @@ def record(
     # At step 0 always: MLflow draws one step that is equal in all runs as bars.
     named = {f"evaluation/{name}": score for name, score in flatten(scores).items()}
     tracker.log({"iteration": 0, **named})
-    tracker.log_artifacts([*sorted(folder.glob("*.tsv")), METRICS], "evaluation")
+    files = (
+        *sorted(folder.glob("*.tsv")),
+        folder / "scores.json",
+        folder / PER_IMAGE.name,
+        METRICS,
+    )
+    tracker.log_artifacts(files, "evaluation")
     tracker.log_artifacts([folder / "overlays"], "evaluation/overlays")
     tracker.finish("FINISHED")
 

@@ -24,7 +24,12 @@ def main() -> None:
 
         prepare(params.data, PREPARED, show)
     store = Store(PREPARED)
-    print("images:", ", ".join(f"{split} {len(store.split(split))}" for split in SPLITS))
+    splits = {name: store.split(name) for name in SPLITS}
+    print("images:", ", ".join(f"{name} {len(split)}" for name, split in splits.items()))
+    pattern = params.data.format.group_by
+    entries = [entry for split in splits.values() for entry in split.entries]
+    if pattern and all(entry.group == entry.name for entry in entries):
+        print(f"warning: every image is a group of its own: group_by {pattern!r} matches no name")
     missing = [name for name, pixels in zip(store.classes, store.pixels) if not pixels]
     if missing:
         print("warning: train has no pixel of", ", ".join(missing))

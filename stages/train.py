@@ -1,6 +1,5 @@
 """Stage 2: the prepared data set -> a trained model, on one process or, by torchrun, on more."""
 
-import json
 import logging
 import shutil
 import sys
@@ -9,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline import distributed
 from pipeline.data.loader import Samples, rare_class_shares
 from pipeline.data.store import PREPARED, Store
 from pipeline.data.transforms import fill_of
-from pipeline.disk import FORMAT
+from pipeline.disk import FORMAT, write_json
 from pipeline.evaluation.inference import Predictor
 from pipeline.experiment import Params, load_params
 from pipeline.models import ModelParams, build_model
@@ -39,6 +39,7 @@ from pipeline.training.state import (
     result_params,
     start_files,
     train_fingerprint,
+    training_code,
 )
 from stages import run_main
 
@@ -72,13 +73,17 @@ def run(params: Params, device: torch.device) -> None:
         else:
             log.setLevel(logging.ERROR)  # the first process says it for all
         log.info("%s", distributed.described(device))
+        for doubt in options.doubts:
+            log.warning("%s", doubt)
         distributed.barrier()
         distributed.seed_everything(options.seed, options.deterministic)
         checkpoint, progress = starting_point(params, state)
         learner = build(params, store, checkpoint, device)
         tracker = open_run(params, store, state, progress) if first else Tracker()
         rare = options.rare_class_temperature
-        with tracked(tracker), Writer() as writer:
+        # Lines that are logged appear above the progress bar.
+        above = logging_redirect_tqdm([log]) if sys.stderr.isatty() else nullcontext()
+        with tracked(tracker), Writer() as writer, above:
             train(
                 learner,
                 progress,
@@ -111,7 +116,8 @@ def run(params: Params, device: torch.device) -> None:
                 track=tracker.log,
             )
             if first:
-                write_outputs(Path(options.work_dir), state, tracker)
+                code = training_code(result_of(params), options)
+                write_outputs(Path(options.work_dir), state, tracker, code)
 
 
 def result_of(params: Params) -> dict[str, Any]:
@@ -272,12 +278,12 @@ def open_run(params: Params, store: Store, state: State, progress: Progress) -> 
     return tracker
 
 
-def write_outputs(work_dir: Path, state: State, tracker: Tracker) -> None:
+def write_outputs(work_dir: Path, state: State, tracker: Tracker, code: str) -> None:
     """Hand DVC the checkpoints, the curves and the run's identity; MLflow gets the same files."""
     state.write_outputs(work_dir)
     run_id = tracker.run_id or state.run_id  # which an attempt may have opened before this one
-    identity = Identity(format=FORMAT, run_id=run_id, fingerprint=state.fingerprint)
-    (work_dir / "run.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    identity = Identity(format=FORMAT, run_id=run_id, fingerprint=state.fingerprint, code=code)
+    write_json(work_dir / "run.json", identity)
     tracker.log_artifacts(sorted((work_dir / "checkpoints").iterdir()), "checkpoints")
     tracker.log_artifacts([work_dir / "train.log"], "")
 

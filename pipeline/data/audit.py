@@ -22,7 +22,8 @@ from pipeline.data.formats import Reader, Record
 from pipeline.data.params import DataParams
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import SUMMARY, Array, Entry, Index, Split, write_index
-from pipeline.disk import FORMAT
+from pipeline.disk import FORMAT, write_json
+from pipeline.params import plain
 
 RECORDS_PER_SHARD = 128
 
@@ -31,7 +32,8 @@ RECORDS_PER_SHARD = 128
 class Shard:
     """What the packing of one shard found.
 
-    `sums` are those of each entry's pixels, which equal images have in common and others seldom.
+    `ids` are those of its targets' files, before they become classes. `sums` and `target_sums` are
+    those of each entry's pixels, which equal images have in common and others seldom.
     `histogram` counts the pixels of each id, `shown` the labelled ones of the images that show it.
     """
 
@@ -39,7 +41,9 @@ class Shard:
     split: str
     md5: str
     entries: list[Entry] = field(default_factory=list)
+    ids: set[int] = field(default_factory=set)
     sums: list[int] = field(default_factory=list)
+    target_sums: list[int] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
     shown: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
@@ -80,6 +84,7 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
     labelled = [split for split in SPLITS if histograms[split][:-1].any()]
     if not problems:  # else an empty split only follows from them
         problems += _empty(params, labelled, histograms["train"])
+        problems += _black_and_white(params, shards) if problems else []
     if problems:
         for shard in shards:
             (folder / shard.name).unlink()
@@ -109,16 +114,24 @@ def _pack(
             except ValueError as error:
                 shard.problems.append(str(error))
                 continue
+            shard.ids.update(np.flatnonzero(counts).tolist())
             target = cv2.LUT(ids.astype(np.uint8), table)
             height, width = target.shape
             histogram = np.zeros(256, np.int64)
             np.add.at(histogram, table[: len(counts)], counts)
             classes = tuple(np.flatnonzero(histogram[: len(params.classes)]).tolist())
             entry = Entry(
-                record.name, name, offset=offset, height=height, width=width, classes=classes
+                record.name,
+                params.format.group(record.name),
+                shard=name,
+                offset=offset,
+                height=height,
+                width=width,
+                classes=classes,
             )
             shard.entries.append(entry)
             shard.sums.append(_pixel_sum(image))
+            shard.target_sums.append(_pixel_sum(np.asarray(target, np.uint8)))
             shard.histogram += histogram
             shard.shown += (histogram > 0) * histogram[: len(params.classes)].sum()
             for part in (np.ascontiguousarray(image), target):  # a tile may be a view
@@ -218,6 +231,31 @@ def _empty(params: DataParams, labelled: list[str], train: NDArray[np.int64]) ->
     return problems
 
 
+def _black_and_white(params: DataParams, shards: list[Shard]) -> list[str]:
+    """What to do with masks of 0 and 255, the commonest kind, where 255 is to be ignored."""
+    ids = set().union(*(shard.ids for shard in shards))
+    if ids != {0, 255} or params.ignore_index != 255 or params.num_ids != 2:
+        return []
+    return [
+        "the targets hold the ids 0 and 255 alone, and 255 is data.ignore_index: no pixel of it is "
+        f"learned. If white is {params.classes[-1]!r}, set data.format.color_map: "
+        "[[0, 0, 0], [255, 255, 255]]"
+    ]
+
+
+def _content(params: DataParams, shards: list[Shard]) -> str:
+    """The identity of the data set, which does not depend on the fold that is val."""
+    told = plain(params)
+    told["format"].get("splits", {}).pop("fold", None)
+    told = {name: value for name, value in told.items() if name not in ("name", "root")}
+    images = sorted(
+        (entry.name, *sums)
+        for shard in shards
+        for entry, *sums in zip(shard.entries, shard.sums, shard.target_sums, strict=True)
+    )
+    return hashlib.md5(json.dumps([told, images]).encode()).hexdigest()
+
+
 def _write_index(params: DataParams, folder: Path, shards: list[Shard]) -> None:
     """Write index.json, and summary.json for people."""
     entries = {
@@ -233,10 +271,7 @@ def _write_index(params: DataParams, folder: Path, shards: list[Shard]) -> None:
         }
         for split in SPLITS
     }
-    (folder / SUMMARY).write_text(
-        json.dumps({"name": params.name, "splits": summary}, indent=2, ensure_ascii=False) + "\n",
-        encoding="utf-8",
-    )
+    write_json(folder / SUMMARY, {"name": params.name, "splits": summary})
     shown = np.sum([shard.shown for shard in shards if shard.split == "train"], axis=0)
     frequency = histograms["train"][:-1] / shown[: len(params.classes)].clip(min=1)
     index: Index = {
@@ -245,6 +280,8 @@ def _write_index(params: DataParams, folder: Path, shards: list[Shard]) -> None:
         "classes": params.classes,
         "palette": params.palette,
         "ignore_index": params.ignore_index,
+        "content": _content(params, shards),
+        "fold": params.format.fold,
         "pixels": histograms["train"][:-1].tolist(),
         "frequency": frequency.tolist(),
         "shards": {shard.name: shard.md5 for shard in shards},

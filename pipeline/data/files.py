@@ -1,5 +1,6 @@
 """Files -> arrays: photographs as RGB, targets as the ids or the colours that are stored."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,17 @@ def by_stem(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], lis
             problems.append(f"{path}: same stem as {found[stem].name}; keep one of them")
         found[stem] = path
     if not found:
-        problems.append(f"{folder}: no {', '.join(suffixes)} file")
+        problems.append(f"{folder}: no {', '.join(suffixes)} file{_instead(folder)}")
     return found, problems
+
+
+def _instead(folder: Path) -> str:
+    """What a folder holds, for the end of a message that says what it lacks."""
+    counts = Counter(path.suffix.lower() or "without a suffix" for path in _files(folder))
+    said = "".join(f", but {count} {suffix}" for suffix, count in counts.items())
+    if counts.keys() & {".jpg", ".jpeg"}:
+        said += "; JPEG changes ids along every edge: save the targets' source as PNG"
+    return said
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -91,9 +101,9 @@ def read_colours(path: Path, color_map: Sequence[tuple[int, int, int]]) -> Array
         ValueError: it can't be read, or a colour is not in the map; the text names both.
     """
     mode, colours = _read_target(path, "RGB")
-    if mode not in ("RGB", "RGBA", "P"):
+    if mode not in ("1", "L", "P", "RGB", "RGBA"):
         raise ValueError(
-            f"{path}: data.format.color_map needs coloured targets, and this is {mode}; "
+            f"{path}: data.format.color_map needs coloured or grey targets, and this is {mode}; "
             "set it to null"
         )
     red_green_blue = np.array([65536, 256, 1])
@@ -117,7 +127,7 @@ def _read_target(path: Path, convert: str | None = None) -> tuple[str, NDArray[A
             step = {"L;2": 85, "L;4": 17}.get(str(file.tile[0][3]), 1) if file.tile else 1
             mode = file.mode
             pixels = np.asarray(file.convert(convert) if convert else file)
-            pixels = pixels if step == 1 else pixels // step
+            pixels = pixels if convert or step == 1 else pixels // step
     except Exception as error:  # what Pillow raises depends on where a file is broken
         raise ValueError(f"{path}: can't be read as a target ({error})") from None
     _refuse_turned(path)

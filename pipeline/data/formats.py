@@ -31,6 +31,20 @@ class FormatParams(Named):
     """The section `data.format`: the keys of the format that `name` chooses."""
 
     @property
+    def fold(self) -> int | None:
+        """Which of several folds is val; None without folds."""
+        return None
+
+    @property
+    def group_by(self) -> str | None:
+        """The pattern that makes groups, if any."""
+        return None
+
+    def group(self, name: str) -> str:
+        """The group of the image of this name: images of one group are no independent ones."""
+        return name
+
+    @property
     def needed(self) -> set[str]:
         """The splits that must not be empty."""
         return {"train"}
@@ -165,6 +179,17 @@ class PairsParams(FormatParams):
     @property
     def needed(self) -> set[str]:
         return self.splits.needed
+
+    @property
+    def fold(self) -> int | None:
+        return self.splits.fold if self.splits.folds else None
+
+    @property
+    def group_by(self) -> str | None:
+        return self.splits.group_by
+
+    def group(self, name: str) -> str:
+        return self.splits.group(name)
 
     @field_validator("images", "targets")
     @classmethod

@@ -35,6 +35,13 @@ class DataParams(Section):
         """The reader of the format."""
         return FORMATS[self.format.name](Path(self.root), self.ignore_index, self.format)
 
+    @field_validator("root")
+    @classmethod
+    def _is_written_out(cls, root: str) -> str:
+        if root.startswith("~"):
+            raise ValueError(f"write the whole path in place of {root!r}: DVC does not expand ~")
+        return root
+
     @field_validator("format", mode="before")
     @classmethod
     def _of_its_name(cls, given: Any) -> FormatParams:

@@ -17,9 +17,12 @@ class SplitsParams(Section):
     """Where train, val and test come from: by default from the folders of those names.
 
     `source: files` takes the lists train.txt, val.txt and test.txt in `data.root`. `source: drawn`
-    divides the images by `seed`: `val` and `test` are shares of the groups, and a group is what the
-    regular expression `group_by` matches in a file's name. With `folds` the images that test leaves
-    are cut into that many parts, of which number `fold` is val.
+    divides the images by `seed`: `val` and `test` are shares of the groups, see `group`. With
+    `folds` the images that test leaves are cut into that many parts, of which number `fold` is val.
+
+    `group_by` is a regular expression for files' names. Images of a group, as those of one patient,
+    are no independent ones: they are drawn into one split, and the confidence intervals of an
+    evaluation take them as one.
     """
 
     source: Literal["given", "drawn", "files"] = "given"
@@ -37,6 +40,15 @@ class SplitsParams(Section):
             return {"train"}
         needed = {"train": True, "val": bool(self.folds or self.val), "test": self.test > 0}
         return {split for split, must in needed.items() if must}
+
+    def group(self, stem: str) -> str:
+        """What `group_by` matches in a stem: its first parenthesis if it has one.
+
+        Without a pattern, and where it does not match, every stem is its own group.
+        """
+        match = re.search(self.group_by, stem) if self.group_by else None
+        parts = (match[1] if match.re.groups else None, match[0]) if match else ()
+        return next((part for part in parts if part), stem)
 
     @field_validator("group_by")
     @classmethod
@@ -93,15 +105,9 @@ def listed_splits(
 def draw_splits(stems: Sequence[str], splits: SplitsParams) -> dict[str, str]:
     """Divide stems into train, val and test, whole groups at a time, by seed alone.
 
-    A group is what `group_by` matches in the stem (its first parenthesis if it has one); without
-    it, and where it does not match, every stem is its own group. With `folds` the groups that test
-    leaves are cut into that many parts; part `fold` is val.
+    With `folds` the groups that test leaves are cut into that many parts; part `fold` is val.
     """
-    group_of = {}
-    for stem in stems:
-        match = re.search(splits.group_by, stem) if splits.group_by else None
-        parts = (match[1] if match.re.groups else None, match[0]) if match else ()
-        group_of[stem] = next((part for part in parts if part), stem)
+    group_of = {stem: splits.group(stem) for stem in stems}
 
     def rank(group: str) -> str:
         return hashlib.sha256(f"{splits.seed}/{group}".encode()).hexdigest()

@@ -27,10 +27,11 @@ Array = NDArray[np.uint8]
 class Entry(NamedTuple):
     """Where a record lies: byte `offset` in `shard`, an image of `height` x `width` pixels.
 
-    `classes` are those that its target holds.
+    Images of one `group` are no independent ones. `classes` are those that the target holds.
     """
 
     name: str
+    group: str
     shard: str
     offset: int
     height: int
@@ -41,8 +42,10 @@ class Entry(NamedTuple):
 class Index(TypedDict):
     """The content of index.json.
 
-    `pixels` and `frequency` are those of each class in train, see `audit.prepare`; `shards` holds
-    the md5 of each shard, `splits` the entries of each split, as lists of their values.
+    `content` is the identity of the data set, whichever fold is val, and `fold` which one is, if
+    there are folds. `pixels` and `frequency` are
+    those of each class in train, see `audit.prepare`; `shards` holds the md5 of each shard,
+    `splits` the entries of each split, as lists of their values.
     """
 
     format: int
@@ -50,6 +53,8 @@ class Index(TypedDict):
     classes: Sequence[str]
     palette: Sequence[Sequence[int]]
     ignore_index: int
+    content: str
+    fold: int | None
     pixels: list[int]
     frequency: list[float]
     shards: dict[str, str]
@@ -102,6 +107,7 @@ class Store:
         self.classes = tuple(index["classes"])
         self.palette = tuple(tuple(colour) for colour in index["palette"])
         self.ignore_index = index["ignore_index"]
+        self.content, self.fold = index["content"], index["fold"]
         self.pixels = index["pixels"]
         self.frequency = index["frequency"]
         self.shards = index["shards"]

@@ -1,6 +1,6 @@
 """Predictions of whole images: at once or by a sliding window, in one view or in several."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline import distributed
 from pipeline.data.store import Array, Split
 from pipeline.data.transforms import resized
-from pipeline.evaluation.metrics import Matrix, boundary_areas, confusion_matrix, mean_iou
+from pipeline.evaluation.metrics import ImageAreas, Matrix, confusion_matrix, image_areas
 from pipeline.models.layers import bands, resized_band, taps
 from pipeline.models.network import Network
 from pipeline.params import Above0, Positive, Section, Size
@@ -207,31 +207,40 @@ def _batches(split: Split, indices: list[int], batch_size: int) -> Iterator[list
         yield batch
 
 
-def evaluate(
+def evaluate(predictor: Predictor, split: Split, num_classes: int, ignore_index: int) -> Matrix:
+    """The confusion matrix of a split, (C,C) int64.
+
+    Every image is measured on exactly one rank, and the result is the same on each.
+    """
+    total = np.zeros((num_classes, num_classes), np.int64)
+    for _, target, prediction in predictions(predictor, split, _own(split)):
+        total += confusion_matrix(target, prediction, num_classes, ignore_index)
+    on_device = torch.from_numpy(total).to(predictor.device)
+    summed: Matrix = distributed.sum_over_ranks(on_device).cpu().numpy()
+    return summed
+
+
+def evaluate_images(
     predictor: Predictor,
     split: Split,
     num_classes: int,
     ignore_index: int,
-    boundaries: bool = False,
-) -> tuple[Matrix, Matrix, list[tuple[int, float]]]:
-    """Sums over a split, and the mean IoU of every image by its index.
+    keep: Callable[[int, Array], None],
+) -> list[ImageAreas]:
+    """What is found in each image of a split, by the same rules.
 
-    The sums are the confusion matrix, (C,C) int64, and the `boundary_areas`, (2,C) int64, which
-    are zero unless asked for. Every image is measured on exactly one rank, and the result is the
-    same on each.
+    `keep` gets the index and the prediction (H,W) of each image on the rank that has measured it.
     """
-    own = list(range(distributed.rank(), len(split), distributed.world_size()))
-    total, boundary = (np.zeros((rows, num_classes), np.int64) for rows in (num_classes, 2))
-    scores = []
-    for index, target, prediction in predictions(predictor, split, own):
-        confusion = confusion_matrix(target, prediction, num_classes, ignore_index)
-        scores.append((index, mean_iou(confusion)))
-        total += confusion
-        if boundaries:
-            boundary += boundary_areas(target, prediction, num_classes, ignore_index)
-    total, boundary = (
-        distributed.sum_over_ranks(torch.from_numpy(sums).to(predictor.device)).cpu().numpy()
-        for sums in (total, boundary)
-    )
-    gathered = distributed.gather_objects(scores)
-    return total, boundary, sorted(score for part in gathered for score in part)
+    own = []
+    for index, target, prediction in predictions(predictor, split, _own(split)):
+        keep(index, prediction)
+        areas = image_areas(
+            index, target, prediction, num_classes=num_classes, ignore_index=ignore_index
+        )
+        own.append(areas)
+    return [one for part in distributed.gather_objects(own) for one in part]
+
+
+def _own(split: Split) -> list[int]:
+    """The images that this rank measures."""
+    return list(range(distributed.rank(), len(split), distributed.world_size()))

@@ -2,12 +2,13 @@
 
 Definitions: https://arxiv.org/abs/1411.4038 (IoU, accuracy), Dice 1945 (doi:10.2307/1932409),
 https://arxiv.org/abs/2103.16562 (boundary IoU). What is undefined, and so left out of a mean, is
-what MMSegmentation's IoUMetric leaves out: https://github.com/open-mmlab/mmsegmentation
+what MMSegmentation's IoUMetric leaves out, but for precision, see `summarize`:
+https://github.com/open-mmlab/mmsegmentation
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -21,6 +22,19 @@ Scores = NDArray[np.float64]
 EXACT = 2**24  # up to here fp32 holds every whole number
 
 
+class ImageAreas(NamedTuple):
+    """What was found in the image of this number in a split.
+
+    `cells` (K,) are the places, target * C + prediction, of the confusion matrix's `pixels` (K,)
+    that are not zero; `boundary` (2,C) are its `boundary_areas`. All are int64.
+    """
+
+    image: int
+    cells: Matrix
+    pixels: Matrix
+    boundary: Matrix
+
+
 def confusion_matrix(
     target: Array, prediction: Array, num_classes: int, ignore_index: int
 ) -> Matrix:
@@ -31,6 +45,16 @@ def confusion_matrix(
     pairs = _pairs(target, prediction)
     pairs[ignore_index] = 0
     return pairs[:num_classes, :num_classes].astype(np.int64)
+
+
+def image_areas(
+    image: int, target: Array, prediction: Array, num_classes: int, ignore_index: int
+) -> ImageAreas:
+    """The areas of an image, by its target and prediction (H,W)."""
+    confusion = confusion_matrix(target, prediction, num_classes, ignore_index)
+    cells = np.flatnonzero(confusion)
+    boundary = boundary_areas(target, prediction, num_classes, ignore_index)
+    return ImageAreas(image, cells, pixels=confusion.ravel()[cells], boundary=boundary)
 
 
 def _pairs(first: Array, second: Array) -> Scores:
@@ -81,13 +105,18 @@ def _boundary(labels: Array) -> NDArray[np.bool_]:
 
 def iou(confusion: Matrix) -> Scores:
     """Intersection over union of each class, (C,); nan where a class is in neither map."""
-    intersect, union = _areas(confusion)
-    return _ratio(intersect, union)
+    return iou_of(_areas(confusion))
+
+
+def iou_of(areas: NDArray[Any]) -> Scores:
+    """The same of (...,3,C), the pixels in both maps, in the target and in the prediction."""
+    both, target, prediction = np.moveaxis(areas, -2, 0)
+    return _ratio(both, target + prediction - both)
 
 
 def mean_iou(confusion: Matrix) -> float:
     """The mean over the classes that are in the targets or the predictions; nan if none is."""
-    return _mean(iou(confusion))
+    return float(mean_of(iou(confusion)))
 
 
 def pixel_accuracy(confusion: Matrix) -> float:
@@ -100,18 +129,18 @@ def summarize(
 ) -> dict[str, Any]:
     """All scores by name, those of a class under `<score>.<class>`; None where undefined.
 
-    The accuracy of a class is its recall. `dice` and `fscore` are one number but for a class
-    without a right pixel: its Dice is 0, its F-score, of no precision and no recall, is undefined.
-    `boundary` is the sum of `boundary_areas`.
+    The accuracy of a class is its recall, and Dice is the F-score. A class that is labelled and
+    never predicted has a precision of 0: left out, as by MMSegmentation's mPrecision and mFscore,
+    it would raise the mean. `boundary` is the sum of `boundary_areas`.
     """
-    intersect, union = _areas(confusion)
-    labelled, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    areas = _areas(confusion)
+    intersect, labelled, predicted = areas
+    precision = _ratio(intersect, predicted)
     per_class = {
-        "iou": _ratio(intersect, union),
+        "iou": iou_of(areas),
         "accuracy": _ratio(intersect, labelled),
-        "precision": _ratio(intersect, predicted),
+        "precision": np.where((labelled > 0) & (predicted == 0), 0, precision),
         "dice": _ratio(2 * intersect, labelled + predicted),
-        "fscore": _ratio(2 * intersect, (labelled + predicted) * (intersect > 0)),
     }
     if boundary is not None:
         per_class["boundary_iou"] = _ratio(*boundary)
@@ -119,27 +148,30 @@ def summarize(
         "mean_iou": mean_iou(confusion),
         "pixel_accuracy": pixel_accuracy(confusion),
     }
-    scores |= {f"mean_{name}": _mean(values) for name, values in per_class.items()}
+    scores |= {f"mean_{name}": float(mean_of(values)) for name, values in per_class.items()}
+    found = _ratio(2 * intersect, (labelled + predicted) * (intersect > 0))
+    scores["mmseg"] = {"mFscore": float(mean_of(found)), "mPrecision": float(mean_of(precision))}
     for name, values in per_class.items():
         scores[name] = dict(zip(classes, values.tolist(), strict=True))
     return _without_nan(scores)
 
 
-def _areas(confusion: Matrix) -> tuple[Matrix, Matrix]:
-    intersect = np.diag(confusion)
-    return intersect, confusion.sum(axis=1) + confusion.sum(axis=0) - intersect
+def _areas(confusion: Matrix) -> Matrix:
+    """(3,C), see `iou_of`."""
+    return np.stack([np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)])
 
 
-def _ratio(part: Matrix, whole: Matrix) -> Scores:
+def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> Scores:
+    """A part of nothing is nan."""
     ratio = np.full(part.shape, np.nan)
     np.divide(part, whole, out=ratio, where=whole > 0)
     return ratio
 
 
-def _mean(scores: Scores) -> float:
-    """The mean of the defined scores; nan without any, where numpy's nanmean would warn."""
-    known = scores[~np.isnan(scores)]
-    return float(known.mean()) if known.size else float("nan")
+def mean_of(scores: Scores) -> Scores:
+    """The mean of the classes (...,C) whose score is defined; nan without any."""
+    known = ~np.isnan(scores)
+    return _ratio(np.where(known, scores, 0).sum(axis=-1), known.sum(axis=-1))
 
 
 def _without_nan(scores: dict[str, Any]) -> dict[str, Any]:

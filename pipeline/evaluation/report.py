@@ -1,6 +1,7 @@
-"""What an evaluation leaves for people: plots for DVC, and pictures of good and bad predictions."""
+"""What an evaluation leaves for people: predicted masks, plots for DVC, and pictures."""
 
 import csv
+import io
 import re
 import shutil
 from collections.abc import Sequence
@@ -9,19 +10,54 @@ from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from pipeline.data.store import Array, Split, Store
-from pipeline.evaluation.inference import Predictor, predictions
 from pipeline.evaluation.metrics import Matrix
 
 PICTURES = 3  # of each kind
 OPACITY = 0.5
+PREDICTIONS = Path("evaluation/predictions")  # below work_dir
+
+
+class Masks:
+    """The predicted mask of each image of a split: palette PNG of class ids, below `work_dir`.
+
+    A file has the name of its image below the data set's folder.
+    """
+
+    def __init__(self, work_dir: Path, split: Split, palette: Sequence[Sequence[int]]) -> None:
+        self.folder = work_dir / PREDICTIONS
+        self._names = [entry.name for entry in split.entries]
+        self._palette = [level for colour in palette for level in colour]
+
+    def clear(self) -> None:
+        """Take away what an earlier evaluation has left."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+
+    def write(self, index: int, prediction: Array) -> None:
+        """The mask (H,W) of the image of this index."""
+        path = self.folder / f"{self._names[index]}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(prediction, "L")
+        picture.putpalette(self._palette)
+        picture.save(path)
+
+    def read(self, index: int) -> Array:
+        """What `write` was given."""
+        return read_mask((self.folder / f"{self._names[index]}.png").read_bytes())
+
+
+def read_mask(content: bytes) -> Array:
+    """The class ids (H,W) uint8 of a mask's file."""
+    with Image.open(io.BytesIO(content)) as file:
+        return np.array(file)
 
 
 def write_plots(folder: Path, scores: dict[str, Any], confusion: Matrix, store: Store) -> None:
     """classes.tsv: the scores of each class; confusion.tsv: the share of each target class."""
-    kinds = ("iou", "boundary_iou", "accuracy", "precision", "dice", "fscore")
-    folder.mkdir(parents=True, exist_ok=True)
+    kinds = ("iou", "boundary_iou", "accuracy", "precision", "dice")
     with (folder / "classes.tsv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, delimiter="\t", lineterminator="\n")
         table.writerow(["class", *kinds])
@@ -36,9 +72,13 @@ def write_plots(folder: Path, scores: dict[str, Any], confusion: Matrix, store: 
                 table.writerow([name, predicted, pixels, float(share)])
 
 
-def choose(scores: Sequence[tuple[int, float]]) -> list[tuple[str, int]]:
-    """Names and indices of the best, median and worst images by (index, score), each image once."""
-    ranked = [index for index, score in sorted(scores, key=lambda one: one[1]) if score == score]
+def choose(scores: Sequence[float]) -> list[tuple[str, int]]:
+    """Names and indices of the best, median and worst images by their scores, each image once."""
+    ranked = [
+        index
+        for index in np.argsort(scores, kind="stable").tolist()
+        if scores[index] == scores[index]
+    ]
     count = min(PICTURES, len(ranked) // 3) or min(1, len(ranked))
     middle = (len(ranked) - count) // 2
     kinds = {
@@ -54,25 +94,28 @@ def choose(scores: Sequence[tuple[int, float]]) -> list[tuple[str, int]]:
 
 
 def write_overlays(
-    folder: Path, predictor: Predictor, *, split: Split, chosen: list[tuple[str, int]], store: Store
+    folder: Path, masks: Masks, *, split: Split, chosen: list[tuple[str, int]], store: Store
 ) -> None:
     """One PNG for each chosen image: the image, with its target over it, with the prediction."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    name_of = {index: name for name, index in chosen}
-    for index, target, prediction in predictions(predictor, split, sorted(name_of)):
-        image, _ = split[index]
-        panels = [image, _blend(image, target, store), _blend(image, prediction, store)]
+    for name, index in chosen:
+        image, target = split[index]
+        panels = [image, blend(image, target, store), blend(image, masks.read(index), store)]
         gap = np.full((image.shape[0], 4, 3), 255, np.uint8)
         picture = np.hstack([panels[0], gap, panels[1], gap, panels[2]])
         stem = re.sub(r"[^\w\-]+", "_", split.entries[index].name)[-60:]  # names have a limit
-        path = folder / f"{name_of[index]}_{stem}.png"
-        done, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-        assert done, "OpenCV encodes any uint8 picture"
-        path.write_bytes(data.tobytes())
+        (folder / f"{name}_{stem}.png").write_bytes(png(picture))
 
 
-def _blend(image: Array, labels: Array, store: Store) -> Array:
+def png(picture: Array) -> bytes:
+    """A picture (H,W,3) as a PNG file."""
+    done, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    assert done, "OpenCV encodes any uint8 picture"
+    return data.tobytes()
+
+
+def blend(image: Array, labels: Array, store: Store) -> Array:
     """The classes' colours over the image; ignored pixels stay as they are."""
     colours = np.array(store.palette, np.float32)
     known = labels != store.ignore_index

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from pipeline.disk import FORMAT, check_format, write_atomically
 from pipeline.models.vit import ViT
-from pipeline.models.weights import OWN, classes_of, read_file, weights_of
+from pipeline.models.weights import OWN, classes_of, is_own, read_file, weights_of
+from pipeline.params import main_checkout
 
 log = logging.getLogger("instep")
 
 AUXILIARY = "auxiliary_head."
+LISTED = 12  # weights in a message
+KINDS = {"missing": ": missing", "unknown": ": unknown", "of another shape": " in the file, "}
 
 
 class Best(TypedDict):
@@ -121,6 +124,9 @@ def load_weights(
     content = read_file(path)
     weights, theirs = weights_of(content, path), classes_of(content)
     source = str(path)
+    if is_own(content):
+        network = content["params"]["model"]
+        source += f", a {network['head']['name']} on {network['backbone']['name']},"
     if classes and theirs and len(theirs) != len(classes):
         source += f", of {len(theirs)} classes instead of {len(classes)},"
     fill(model, weights, source, strict)
@@ -136,7 +142,7 @@ def fill(model: nn.Module, weights: dict[str, Tensor], source: str, strict: bool
         if isinstance(module, ViT):
             module.adopt_grid(weights.get(f"{name}.pos_embed"))
     fitting, wrong = _compare(model.state_dict(), weights)
-    listed = "\n".join(f"  {line}" for line in sorted(wrong))
+    listed = _listed(wrong)
     if wrong and strict:
         raise ValueError(
             f"{source} does not fit the model of params.yaml:\n{listed}\n"
@@ -147,6 +153,23 @@ def fill(model: nn.Module, weights: dict[str, Tensor], source: str, strict: bool
     if wrong:
         log.warning("%s is loaded but for what does not fit:\n%s", source, listed)
     model.load_state_dict(fitting, strict=False)
+
+
+def _listed(wrong: list[str]) -> str:
+    """Lines for a message; of very many a few of each kind, and all of them in a file."""
+    lines = [f"  {line}\n" for line in sorted(wrong)]
+    if len(lines) > LISTED:
+        path = main_checkout() / ".dvc" / "tmp" / "instep-weights.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines), encoding="utf-8")
+        kinds = {kind: [line for line in lines if sign in line] for kind, sign in KINDS.items()}
+        lines = []
+        for kind, own in kinds.items():
+            few = own[: LISTED // len(KINDS)]
+            lines += few
+            lines += [f"  ... {len(own)} {kind} in all\n"] if len(own) > len(few) else []
+        lines.append(f"  all are listed in {path}\n")
+    return "".join(lines)[:-1]
 
 
 def _compare(

@@ -116,6 +116,8 @@ def train(
             improved = progress.best is None or scores["val/mean_iou"] > progress.best["mean_iou"]
             if improved:
                 progress.best = Best(iteration=progress.iteration, mean_iou=scores["val/mean_iou"])
+            assert progress.best is not None
+            entry |= {f"val/best_{name}": value for name, value in progress.best.items()}
         if (logged or validated) and main:
             progress.history.append(entry)
             track(entry)
@@ -179,7 +181,7 @@ def mean_terms(progress: Progress) -> HistoryEntry:
 def validate(predictor: Predictor, split: Split, labels: Description) -> HistoryEntry:
     """The scores on a split, for the history."""
     classes, ignore_index = labels["classes"], labels["ignore_index"]
-    confusion, *_ = evaluate(predictor, split, len(classes), ignore_index)
+    confusion = evaluate(predictor, split, len(classes), ignore_index)
     scores = flatten(summarize(confusion, classes))
     return {f"val/{name}": value for name, value in scores.items()}
 

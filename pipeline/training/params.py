@@ -75,6 +75,17 @@ class TrainParams(Section):
         return self.iterations if iteration < self.iterations else self.total
 
     @property
+    def doubts(self) -> list[str]:
+        """What may be meant as it is, and seldom is, a line each."""
+        warmup = self.schedule.warmup_iters
+        if not 0 < self.iterations <= warmup:
+            return []
+        return [
+            f"train.schedule.warmup_iters {warmup} is not below train.iterations "
+            f"{self.iterations}: the learning rate never gets to train.lr"
+        ]
+
+    @property
     def microbatch(self) -> int:
         """Images that all processes together compute at once."""
         return self.batch_size // self.accumulation

@@ -68,7 +68,10 @@ def test_work_dir_holds_all_that_a_run_leaves(project: Path) -> None:
 
 def test_evaluation_happens_every_interval_and_at_the_end(project: Path) -> None:
     train(project, **{"evaluation.interval": 3})
-    assert list(curve(project / "outputs/val.tsv", "mean_iou")) == [3, 4]
+    scores = curve(project / "outputs/val.tsv", "mean_iou")
+    assert list(scores) == [3, 4]
+    best = curve(project / "outputs/val.tsv", "best_mean_iou")
+    assert best == {3: scores[3], 4: max(scores.values())}
     assert (project / "outputs/checkpoints/best.pt").is_file()
 
 

@@ -9,8 +9,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.disk import file_md5
+from pipeline.evaluation.per_image import PerImage
 from pipeline.yaml12 import read_yaml
 from tests.project import dvc, make_project, metrics, query, run, set_params
 
@@ -54,6 +56,15 @@ def test_the_outputs_are_complete(project: Path) -> None:
     for name, count in (("train.tsv", 8), ("val.tsv", 2), ("evaluation/classes.tsv", 3)):
         with (outputs / name).open() as file:
             assert len(list(csv.DictReader(file, delimiter="\t"))) == count
+    path = outputs / "evaluation/per_image.npz"
+    per_image = PerImage.load(path.read_bytes(), path)
+    assert per_image.names.tolist() == [f"test/foot {number:02}" for number in range(8)]
+    for index, name in enumerate(per_image.names):
+        with Image.open(outputs / f"evaluation/predictions/{name}.png") as mask:
+            assert mask.mode == "P"
+            counts = np.bincount(np.asarray(mask).ravel(), minlength=3)
+        ignored = 3 * mask.width  # in each target
+        assert counts.sum() - per_image.areas()[index, 2].sum() == ignored
     pictures = list((outputs / "evaluation/overlays").glob("*.png"))
     assert {path.name.split("-")[0] for path in pictures} == {"best", "median", "worst"}
     picture = cv2.imread(str(pictures[0]))
@@ -66,9 +77,15 @@ def test_the_metrics_are_those_of_the_confusion_matrix(project: Path) -> None:
     matrix = np.array([int(cell["pixels"]) for cell in cells]).reshape(3, 3)
     union = matrix.sum(axis=0) + matrix.sum(axis=1) - np.diag(matrix)
     iou = np.diag(matrix) / union
-    scores = metrics(project)
+    scores = json.loads((project / "outputs/evaluation/scores.json").read_text())
     assert list(scores["iou"].values()) == pytest.approx(iou.tolist(), abs=1e-12)
     assert scores["mean_iou"] == pytest.approx(iou.mean(), abs=1e-12)
+    headline = metrics(project)
+    assert headline["mean_iou"] == scores["mean_iou"]
+    assert [headline["mean_iou_low"], headline["mean_iou_high"]] == [
+        *scores["interval"]["mean_iou"].values()
+    ]
+    assert headline["mean_iou_low"] <= headline["mean_iou"] <= headline["mean_iou_high"]
     labelled = json.loads((project / "data/prepared/summary.json").read_text())["splits"]["test"]
     assert matrix.sum() == sum(labelled["pixels"].values())
     assert "baseline" not in scores  # the colour rule is Blue Marble's alone

@@ -164,3 +164,28 @@ def test_a_class_is_as_frequent_as_in_the_images_of_train_that_show_it(tmp_path:
         write(tmp_path, name, photo(number, (2, 4)), np.array(target, np.uint8))
     prepare(data_params(tmp_path), tmp_path / "prepared", lambda done, total: None)
     assert Store(tmp_path / "prepared").frequency == [7 / 9, 2 / 5, 1.0]
+
+
+def test_masks_in_black_and_white_are_recognised_and_the_remedy_works(tmp_path: Path):
+    two = {"classes": ["ground", "foot"], "palette": [[0, 0, 0], [255, 0, 0]]}
+    white = np.where(labels() == 1, 255, 0).astype(np.uint8)
+    for number, split in enumerate(("train", "val")):
+        write(tmp_path, f"{split}/1", photo(number), white)
+    *_, said = refusal(tmp_path, **two)
+    assert "the targets hold the ids 0 and 255 alone, and 255 is data.ignore_index" in said
+    assert "If white is 'foot', set data.format.color_map: [[0, 0, 0], [255, 255, 255]]" in said
+    named = data_params(tmp_path, **two, color_map=[[0, 0, 0], [255, 255, 255]])
+    prepare(named, tmp_path / "prepared", lambda done, total: None)
+    packed = Store(tmp_path / "prepared").split("train")[0][1]
+    assert np.array_equal(packed, labels() == 1)
+
+
+def test_images_are_grouped_by_what_the_pattern_finds(tmp_path: Path):
+    for number, name in enumerate(("train/p1_left", "train/p1_right", "train/p2", "val/other")):
+        write(tmp_path, name, photo(number), labels())
+    grouped = data_params(tmp_path, **{"splits.group_by": "p([0-9])"})
+    prepare(grouped, tmp_path / "prepared", lambda done, total: None)
+    store = Store(tmp_path / "prepared")
+    entries = [*store.split("train").entries, *store.split("val").entries]
+    assert [entry.group for entry in entries] == ["1", "1", "2", "val/other"]
+    assert store.fold is None

@@ -172,6 +172,28 @@ def test_weights_that_do_not_fit_are_listed_with_their_shapes_and_none_is_loaded
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_of_very_many_weights_that_do_not_fit_a_few_are_named_and_all_are_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(10)))
+    weights = {f"{number}.weight": torch.zeros(3, 2) for number in range(5)}
+    weights |= {f"other.{number}": torch.zeros(1) for number in range(6)}
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        fill(model, weights, "x.pt")
+    file = tmp_path / ".dvc/tmp/instep-weights.txt"
+    assert str(caught.value).splitlines()[1:-1] == [
+        *(f"  {number}.bias: missing" for number in range(4)),
+        "  ... 15 missing in all",
+        *(f"  other.{number}: unknown" for number in range(4)),
+        "  ... 6 unknown in all",
+        *(f"  {number}.weight: (3, 2) in the file, (2, 2) in the model" for number in range(4)),
+        "  ... 5 of another shape in all",
+        f"  all are listed in {file}",
+    ]
+    assert len(file.read_text().splitlines()) == 15 + 6 + 5
+
+
 def test_a_program_goes_on_while_its_writer_writes():
     allowed, written = threading.Event(), []
     with Writer() as writer:

@@ -135,6 +135,16 @@ def test_a_missing_folder_is_named(tmp_path: Path):
     ]
 
 
+def test_jpeg_targets_are_named_as_what_they_are(tmp_path: Path):
+    for number in range(3):
+        write(tmp_path, f"train/{number}", photo(number), labels(), ".jpg")[1].rename(
+            tmp_path / f"targets/train/{number}.jpg"
+        )
+    _, (said,) = data_params(tmp_path).reader().records()
+    assert said.startswith(f"{tmp_path / 'targets'}: no .png, ")
+    assert "file, but 3 .jpg; JPEG changes ids along every edge: save" in said
+
+
 def read(folder: Path, target: Image.Image, suffix: str = ".png") -> np.ndarray:
     Image.fromarray(photo(0)).save(folder / "image.png")
     target.save(folder / f"target{suffix}")

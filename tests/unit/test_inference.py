@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from pipeline.data.store import Entry, Split
 from pipeline.data.transforms import resized
-from pipeline.evaluation.inference import Predictor, evaluate, predictions
-from pipeline.evaluation.metrics import boundary_areas, confusion_matrix, mean_iou
+from pipeline.evaluation.inference import Predictor, evaluate, evaluate_images, predictions
+from pipeline.evaluation.metrics import boundary_areas, confusion_matrix
 from pipeline.models import layers
 from pipeline.models.network import Network
 from pipeline.precision import PRECISIONS, Normalization
@@ -299,7 +299,7 @@ def split(tmp_path: Path) -> Split:
     entries, offset = [], 0
     with (tmp_path / "a.bin").open("wb") as file:
         for number, (height, width) in enumerate(SIZES):
-            entries.append(Entry(f"{number}", "a.bin", offset, height, width))
+            entries.append(Entry(f"{number}", f"{number}", "a.bin", offset, height, width))
             target = np.full((height, width), number % 4, np.uint8)
             target[0, 0] = 255
             offset += file.write(image(number, height, width).tobytes() + target.tobytes())
@@ -324,18 +324,24 @@ def test_batches_hold_one_size_and_change_no_prediction(split: Split):
 def test_an_evaluation_sums_every_image_once(split: Split):
     model = Stub()
     pairs = [(split[i][1], predictor(model).predict([split[i][0]])[0]) for i in range(7)]
-    matrices = [confusion_matrix(*pair, 4, 255) for pair in pairs]
-    expected = sum(matrices)
-    confusion, boundary, scores = evaluate(predictor(model), split, 4, 255)
-    assert np.array_equal(confusion, expected)
-    assert not boundary.any()
-    confusion, boundary, _ = evaluate(
-        predictor(model, batch_size=2), split, 4, 255, boundaries=True
-    )
-    assert np.array_equal(confusion, expected)
-    assert np.array_equal(boundary, sum(boundary_areas(*pair, 4, 255) for pair in pairs))
-    assert scores == [(index, mean_iou(matrix)) for index, matrix in enumerate(matrices)]
+    expected = sum(confusion_matrix(*pair, 4, 255) for pair in pairs)
+    assert np.array_equal(evaluate(predictor(model, batch_size=2), split, 4, 255), expected)
     assert expected.sum() == sum(height * width - 1 for height, width in SIZES)
+
+
+def test_an_evaluation_finds_the_areas_of_each_image(split: Split):
+    model, kept = Stub(), {}
+    found = evaluate_images(predictor(model, batch_size=2), split, 4, 255, keep=kept.__setitem__)
+    assert [areas.image for areas in found] == list(range(7)) == sorted(kept)
+    for index, cells, pixels, boundary in found:
+        target = split[index][1]
+        (alone,) = predictor(model).predict([split[index][0]])
+        assert np.array_equal(kept[index], alone)
+        confusion = np.zeros(16, np.int64)
+        confusion[cells] = pixels
+        assert pixels.all()
+        assert np.array_equal(confusion.reshape(4, 4), confusion_matrix(target, alone, 4, 255))
+        assert np.array_equal(boundary, boundary_areas(target, alone, 4, 255))
 
 
 def test_bf16_computes_in_bf16_and_fp32_in_fp32():

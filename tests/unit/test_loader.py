@@ -28,7 +28,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
     folder = tmp_path_factory.mktemp("store")
     data = np.random.default_rng(0).integers(0, 256, 7 * 20 * 24 * 4, dtype=np.uint8)
     data.tofile(folder / "a.bin")
-    return Split(folder, [Entry(f"{i}", "a.bin", i * 1920, 20, 24) for i in range(7)])
+    return Split(folder, [Entry(f"{i}", f"{i}", "a.bin", i * 1920, 20, 24) for i in range(7)])
 
 
 def samples(split: Split, seed: int = 0) -> Samples:

@@ -90,33 +90,31 @@ def test_a_class_predicted_but_never_labelled_counts_as_zero_iou():
     assert scores["precision"]["b"] == 0.0
 
 
-def test_dice_and_fscore_differ_by_the_classes_without_a_right_pixel():
+def test_a_class_that_is_never_predicted_raises_no_mean_but_mmsegmentations():
     # a is right in part, b labelled and never found, c predicted and never labelled, d in neither.
     confusion = np.array([[3, 0, 1, 0], [2, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
     scores = summarize(confusion, ("a", "b", "c", "d"))
     assert scores["accuracy"] == {"a": 3 / 4, "b": 0.0, "c": None, "d": None}
-    assert scores["precision"] == {"a": 3 / 5, "b": None, "c": 0.0, "d": None}
+    assert scores["precision"] == {"a": 3 / 5, "b": 0.0, "c": 0.0, "d": None}
     assert scores["dice"] == {"a": 6 / 9, "b": 0.0, "c": 0.0, "d": None}
-    assert scores["fscore"] == {"a": pytest.approx(6 / 9), "b": None, "c": None, "d": None}
     assert scores["mean_dice"] == pytest.approx((6 / 9 + 0 + 0) / 3)
-    assert scores["mean_fscore"] == pytest.approx(6 / 9)
     assert scores["mean_accuracy"] == pytest.approx((3 / 4 + 0) / 2)
-    assert scores["mean_precision"] == pytest.approx((3 / 5 + 0) / 2)
+    assert scores["mean_precision"] == pytest.approx((3 / 5 + 0 + 0) / 3)
     assert scores["mean_iou"] == pytest.approx((3 / 6 + 0 + 0) / 3)
     assert scores["pixel_accuracy"] == 3 / 6
+    assert scores["mmseg"] == pytest.approx({"mFscore": 6 / 9, "mPrecision": (3 / 5 + 0) / 2})
 
 
-def test_a_class_that_is_mistaken_everywhere_has_a_dice_of_0_and_no_fscore():
+def test_a_class_that_is_mistaken_everywhere_has_scores_of_0():
     scores = summarize(np.array([[5, 1, 0], [0, 0, 2], [0, 3, 1]]), ("a", "b", "c"))
-    assert (scores["accuracy"]["b"], scores["precision"]["b"]) == (0, 0)
-    assert (scores["dice"]["b"], scores["fscore"]["b"]) == (0, None)
-    assert scores["mean_fscore"] == pytest.approx((10 / 11 + 2 / 7) / 2)
+    assert (scores["accuracy"]["b"], scores["precision"]["b"], scores["dice"]["b"]) == (0, 0, 0)
     assert scores["mean_dice"] == pytest.approx((10 / 11 + 0 + 2 / 7) / 3)
+    assert scores["mmseg"]["mFscore"] == pytest.approx((10 / 11 + 2 / 7) / 2)
 
 
 def test_without_a_labelled_pixel_every_score_is_none():
     scores = summarize(np.zeros((2, 2), np.int64), ("a", "b"))
-    assert {scores[f"mean_{name}"] for name in ("iou", "accuracy", "dice", "fscore")} == {None}
+    assert {scores[f"mean_{name}"] for name in ("iou", "accuracy", "dice", "precision")} == {None}
     assert scores["pixel_accuracy"] is None
     assert np.isnan(mean_iou(np.zeros((2, 2), np.int64)))
     assert np.isnan(pixel_accuracy(np.zeros((2, 2), np.int64)))
@@ -133,7 +131,6 @@ def test_scores_equal_those_of_torchmetrics():
     for name, function in (
         ("iou", tm.multiclass_jaccard_index),
         ("dice", tm.multiclass_f1_score),
-        ("fscore", tm.multiclass_f1_score),
         ("accuracy", tm.multiclass_accuracy),
         ("precision", tm.multiclass_precision),
     ):
@@ -233,7 +230,7 @@ def two_colours(folder: Path, target: np.ndarray, colours: list[tuple[int, int, 
     image = np.array([*colours, (255, 255, 255)], np.uint8)[np.minimum(target, len(colours))]
     folder.mkdir()
     (folder / "a.bin").write_bytes(image.tobytes() + target.tobytes())
-    return Split(folder, [Entry("a", "a.bin", 0, *target.shape)])
+    return Split(folder, [Entry("a", "a", "a.bin", 0, *target.shape)])
 
 
 @pytest.mark.parametrize("colours", [[(0, 0, 9), (9, 0, 0)], [(9, 0, 0), (0, 0, 9)]])

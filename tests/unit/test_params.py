@@ -317,3 +317,23 @@ def test_flattened_names_are_dotted():
         "a.d": [2],
         "e": None,
     }
+
+
+def test_a_root_in_the_home_folder_must_be_written_out(tmp_path: Path):
+    said = refusal(tmp_path, {"data.root": "~/feet"})
+    assert "data.root: write the whole path in place of '~/feet': DVC does not expand ~" in said
+
+
+def test_a_gate_names_classes_of_the_data(tmp_path: Path):
+    said = refusal(tmp_path, {"gate": {"baseline": "main", "classes": ["laek"]}})
+    assert "gate.classes 'laek' is unknown; did you mean lake?" in said
+    assert "gate.tolerance" in refusal(tmp_path, {"gate": {"baseline": "main", "tolerance": -1}})
+
+
+@pytest.mark.parametrize(("iterations", "doubts"), [(0, 0), (60, 1), (61, 0)])
+def test_a_warm_up_as_long_as_the_training_is_doubted(iterations: int, doubts: int, tmp_path: Path):
+    path = tmp_path / "params.yaml"
+    path.write_text(json.dumps(document({"train.iterations": iterations})), encoding="utf-8")
+    said = load_params(path).train.doubts
+    assert len(said) == doubts
+    assert all("warmup_iters 60 is not below train.iterations 60" in line for line in said)

@@ -16,9 +16,15 @@ def workspace(folder: Path, changes: dict[str, object], images: dict[str, int]) 
     (folder / "params.yaml").write_text(json.dumps(document(changes)), encoding="utf-8")
     prepared = folder / store.PREPARED
     prepared.mkdir(parents=True)
-    index = {"name": "x", "classes": ["a"], "palette": [[0, 0, 0]], "ignore_index": 255}
-    index |= {"format": FORMAT, "pixels": [1], "frequency": [1.0], "shards": {}}
-    entry = list(store.Entry("a", "a.bin", 0, 1, 1))
+    index = {
+        "name": "x",
+        "classes": ["a"],
+        "palette": [[0, 0, 0]],
+        "ignore_index": 255,
+        "fold": None,
+    }
+    index |= {"content": "", "format": FORMAT, "pixels": [1], "frequency": [1.0], "shards": {}}
+    entry = list(store.Entry("a", "a", "a.bin", 0, 1, 1))
     store.write_index(prepared, index | {"splits": {s: [entry] * images[s] for s in images}})
 
 

@@ -139,11 +139,14 @@ def test_a_checkpoint_of_this_tool_is_known_by_its_content(
     model, other = Tiny(), Tiny()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    about = {"params": {}, "classes": ["a", "b", "c"]}
+    network = {"head": {"name": "tiny"}, "backbone": {"name": "stem"}}
+    about = {"params": {"model": network}, "classes": ["a", "b", "c"]}
     save(build_checkpoint(states, 7, None, about), tmp_path / "last.pth")
     load_weights(other, tmp_path / "last.pth", classes=("a", "c", "b"))
     assert all(other.state_dict()[name].equal(w) for name, w in model.state_dict().items())
     assert "1 is 'b', here 'c'; 2 is 'c', here 'b'" in caplog.text
+    with pytest.raises(ValueError, match=r"last\.pth, a tiny on stem, does not fit the model"):
+        load_weights(nn.Sequential(nn.Linear(2, 2)), tmp_path / "last.pth")
 
 
 def test_a_file_of_safetensors_is_read_like_any_other(tmp_path: Path):

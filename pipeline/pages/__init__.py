@@ -1,0 +1,35 @@
+"""HTML files that need nothing beside them: no network, no script, no other file."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from pipeline.data.store import Array
+from pipeline.evaluation.report import png
+
+FOLDER = Path(__file__).parent
+
+
+def render(template: str, **content: Any) -> str:
+    """A page by the name of its template. All that is filled in is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["score"] = score
+    return environment.get_template(template).render(content)
+
+
+def score(value: float | None) -> str:
+    """Four digits, or a dash for what is undefined."""
+    return "-" if value is None or value != value else f"{value:.4f}"
+
+
+def embedded(picture: Array) -> str:
+    """A picture (H,W,3) as the address of an <img>."""
+    return "data:image/png;base64," + base64.b64encode(png(picture)).decode()

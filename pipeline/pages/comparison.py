@@ -1,0 +1,106 @@
+"""The page of a comparison: the answer, both scores class by class, the images that differ most."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from pipeline.data.splits import SPLITS
+from pipeline.data.store import Array, Store
+from pipeline.evaluation.comparison import Comparison, Group, differing
+from pipeline.evaluation.report import blend
+from pipeline.evaluation.uncertainty import DRAWS
+from pipeline.pages import embedded, render
+from pipeline.results import Mask
+
+SHOWN = 6  # images
+LONGEST = 640  # pixels of a picture's longer side: a page shows it no larger
+
+
+class Picture(NamedTuple):
+    """What an <img> needs."""
+
+    label: str
+    source: str
+
+
+def comparison_page(
+    groups: Mapping[str, Group],
+    comparisons: Mapping[str, Comparison],
+    masks: Mapping[str, Mask],
+    store: Store | None,
+) -> str:
+    """HTML. Groups and comparisons are by letter: a comparison is of its group with the first.
+
+    Pictures need the prepared data set that was measured, and the `masks` of the results, by name.
+    """
+    first = next(iter(groups))
+    if store and list(store.classes) != groups[first].classes:
+        store = None
+    photos = _Photos(store, groups[first]) if store else None
+    return render(
+        "comparison.html",
+        first=first,
+        groups=groups,
+        differing=differing([*groups.values()]),
+        comparisons=comparisons,
+        draws=f"{DRAWS:,}",
+        shown=SHOWN,
+        pictures={
+            letter: {
+                place: photos.pictures(place, {first: one.first, letter: one.second}, masks)
+                for place in one.furthest(SHOWN)
+            }
+            for letter, one in comparisons.items()
+            if photos
+        },
+        legend=list(zip(store.classes, store.palette, strict=True)) if store else [],
+    )
+
+
+class _Photos:
+    """The images of a group, by their places, where the prepared data set holds the same ones."""
+
+    def __init__(self, store: Store, group: Group) -> None:
+        self._store = store
+        self._names = group.names.tolist()
+        self._labelled = group.areas[:, 0, 1]
+        splits = [store.split(name) for name in SPLITS]
+        self._held = {
+            entry.name: (split, index)
+            for split in splits
+            for index, entry in enumerate(split.entries)
+        }
+
+    def pictures(
+        self, place: int, groups: Mapping[str, Group], masks: Mapping[str, Mask]
+    ) -> list[Picture]:
+        """The image, its target over it, and the prediction of the first result of each group."""
+        name = self._names[place]
+        if name not in self._held:
+            return []
+        split, index = self._held[name]
+        image, target = split[index]
+        counts = np.bincount(target.ravel(), minlength=256)[: self._labelled.shape[1]]
+        if not np.array_equal(counts, self._labelled[place]):
+            return []  # an image of this name in other data
+        maps = {"target": target}
+        for letter, group in groups.items():
+            kept = (masks[result.name](name) for result in group.results)
+            mask = next((mask for mask in kept if mask is not None), None)
+            if mask is not None:
+                maps[f"{letter}'s prediction"] = mask
+        image = _shrunk(image, cv2.INTER_AREA)
+        layers = {"image": image} | {
+            label: blend(image, _shrunk(labels, cv2.INTER_NEAREST), self._store)
+            for label, labels in maps.items()
+        }
+        return [Picture(label, embedded(layer)) for label, layer in layers.items()]
+
+
+def _shrunk(picture: Array, interpolation: int) -> Array:
+    height, width = picture.shape[:2]
+    factor = min(LONGEST / max(height, width), 1)
+    size = max(round(width * factor), 1), max(round(height * factor), 1)
+    return np.asarray(cv2.resize(picture, size, interpolation=interpolation), np.uint8)

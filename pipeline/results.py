@@ -1,0 +1,90 @@
+"""Evaluations by name: the workspace's, those of DVC's experiments and revisions, of MLflow's runs.
+
+The only module that reads what DVC keeps.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.data.store import Array
+from pipeline.evaluation.per_image import PER_IMAGE, PerImage
+from pipeline.evaluation.report import PREDICTIONS, read_mask
+from pipeline.experiment import Params
+from pipeline.params import main_checkout
+from pipeline.tracking import artifact_of
+from pipeline.yaml12 import parse_yaml
+
+WORKSPACE = "workspace"
+
+
+Mask = Callable[[str], Array | None]  # the prediction (H,W) of an image by its name, if kept
+
+
+class Found(NamedTuple):
+    """An evaluation by the name under which it was asked for."""
+
+    name: str
+    per_image: PerImage
+    mask: Mask
+
+
+def find(name: str, params: Params) -> Found:
+    """What was measured under a name: `workspace`, an experiment, any revision, an MLflow run.
+
+    Raises:
+        ValueError: nothing is called so, or it holds no evaluation.
+    """
+    if name == WORKSPACE:
+        return _of_files(name, params.train.work_dir, lambda path: Path(path).read_bytes())
+    files, unknown = _revision(name)
+    if files is not None:
+        return _of_files(name, _work_dir(name, files), files.cat_file)
+    content = artifact_of(params.tracking, name, PER_IMAGE)
+    if content is None:
+        raise ValueError(
+            f"{name} is no experiment, no revision and no MLflow run with an evaluation; "
+            "`dvc exp list` and `make ui` name what there is, and `workspace` is what lies here "
+            f"({unknown})"
+        )
+    return Found(name, PerImage.load(content, f"{name}: {PER_IMAGE}"), lambda image: None)
+
+
+def _revision(name: str) -> tuple[Any, str]:
+    """The files of a revision of the main checkout, or why there is none of this name.
+
+    A queued experiment's own workspace knows neither branches nor other experiments.
+    """
+    from dvc.api import DVCFileSystem
+    from dvc.scm import RevError
+
+    try:
+        return DVCFileSystem(str(main_checkout()), rev=name), ""
+    except RevError as error:
+        return None, str(error)
+
+
+def _work_dir(name: str, files: Any) -> str:
+    try:
+        text = files.read_text("params.yaml", encoding="utf-8")
+        return str(parse_yaml(text, f"params.yaml of {name}")["train"]["work_dir"])
+    except (FileNotFoundError, KeyError, TypeError):
+        raise ValueError(f"{name}: its params.yaml is missing or names no train.work_dir") from None
+
+
+def _of_files(name: str, work_dir: str, read: Callable[[str], bytes]) -> Found:
+    path = Path(work_dir) / PER_IMAGE
+    try:
+        content = read(path.as_posix())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{name}: there is no {path}; run `dvc repro` there, or `dvc pull` what a remote has"
+        ) from None
+
+    def mask(image: str) -> Array | None:
+        try:
+            return read_mask(read((Path(work_dir) / PREDICTIONS / f"{image}.png").as_posix()))
+        except FileNotFoundError:
+            return None
+
+    return Found(name, PerImage.load(content, f"{name}: {path}"), mask)
