@@ -58,10 +58,12 @@ def _revision(name: str) -> tuple[Any, str]:
     from dvc.api import DVCFileSystem
     from dvc.scm import RevError
 
+    files = DVCFileSystem(str(main_checkout()), rev=name)
     try:
-        return DVCFileSystem(str(main_checkout()), rev=name), ""
+        files.ls("")  # the revision is looked up when it is first read
     except RevError as error:
         return None, str(error)
+    return files, ""
 
 
 def _work_dir(name: str, files: Any) -> str:

@@ -114,7 +114,8 @@ def read_colours(path: Path, color_map: Sequence[tuple[int, int, int]]) -> Array
     strange = np.unique(pixels[known[ids] != pixels]).tolist()
     if strange:
         listed = [f"[{one >> 16}, {one >> 8 & 255}, {one & 255}]" for one in strange]
-        raise ValueError(f"{path}: colours {some(listed)} are not in data.format.color_map")
+        hint = "; if it holds ids, set that to null" if mode in ("1", "L") else ""
+        raise ValueError(f"{path}: colours {some(listed)} are not in data.format.color_map{hint}")
     return ids.astype(np.uint8)
 
 

@@ -243,8 +243,8 @@ def test_a_colour_outside_the_map_is_named_with_its_file(tmp_path: Path):
     )
     write(tmp_path, "train/grey", photo(77), labels())
     assert refused(data_params(tmp_path, **COLOURS)) == [
-        "targets/train/grey.png: data.format.color_map needs coloured targets, and this is L; set "
-        "it to null",
+        "targets/train/grey.png: colours [1, 1, 1], [2, 2, 2], [255, 255, 255] are not in "
+        "data.format.color_map; if it holds ids, set that to null",
         "targets/val/b.png: colours [3, 2, 1], [255, 0, 129], [255, 255, 255] are not in "
         "data.format.color_map",
         "targets/val/c.png: colours [0, 5, 0], [0, 6, 0], [0, 7, 0], [0, 8, 0], [1, 0, 0], "
@@ -313,7 +313,10 @@ def test_a_folder_without_a_usable_file_is_named(tmp_path: Path):
     (tmp_path / "targets/train/a.png").rename(tmp_path / "targets/train/a.jpg")
     assert read_layout(data_params(tmp_path)) == (
         [],
-        ["targets: no .png, .bmp, .tif, .tiff file"],
+        [
+            "targets: no .png, .bmp, .tif, .tiff file, but 1 .jpg; JPEG changes ids along every "
+            "edge: save the targets' source as PNG"
+        ],
     )
 
 

@@ -26,6 +26,7 @@ LEFT = {
     *recipe.LEFT,
     *(f"train.{name}" for name in ("gpus", "device", "workers", "seed", "deterministic")),
     "train.work_dir",
+    "gate",
     *(f"tracking.{name}" for name in ("uri", "experiment", "log_interval")),
 }
 # Of the default head: with another one they may not be there.
