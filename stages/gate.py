@@ -10,10 +10,20 @@ HERE = "the workspace"
 
 
 def main() -> None:
-    """Compare what evaluate has left with the baseline, if params.yaml names one."""
-    if read_yaml(Path("params.yaml")).get("gate") is None:
-        print("gate: null, so every result passes")
-        return
+    """Say in evaluation/gate.txt why the result passes, so that DVC knows that it does."""
+    given = read_yaml(Path("params.yaml"))
+    said = "no gate is set, so every result passes" if given.get("gate") is None else judge()
+    print(said)
+    path = Path(given["train"]["work_dir"]) / "evaluation" / "gate.txt"
+    path.write_text(said + "\n", encoding="utf-8")
+
+
+def judge() -> str:
+    """The answer of the comparison with the baseline.
+
+    Raises:
+        ValueError: the result does not pass, or can't be compared.
+    """
     from pipeline.experiment import load_params  # here, as importing torch takes seconds
     from pipeline.results import WORKSPACE, find
 
@@ -25,14 +35,15 @@ def main() -> None:
     found = {gate.baseline: find(gate.baseline, params), HERE: find(WORKSPACE, params)}
     groups = [gather([Result(name, one.per_image)])[0] for name, one in found.items()]
     comparison = compare(*groups)
-    print(comparison.sentence(*found))
+    said = comparison.sentence(*found)
     if lost := worse(comparison, gate):
         raise ValueError(
             f"gate: worse than {gate.baseline} by more than {gate.tolerance:g}, beyond what other "
-            "images explain:\n" + "\n".join(f"  {line}" for line in lost) + "\n"
+            "images explain:\n" + "\n".join(f"  {line}" for line in lost) + f"\n{said}\n"
             "metrics.json is that of this result; to let it pass, raise gate.tolerance or set "
             "gate: null"
         )
+    return said
 
 
 if __name__ == "__main__":

@@ -137,22 +137,22 @@ def sample(x: Tensor, points: Tensor) -> Tensor:
     """Bilinear values of (N,C,H,W) at points (N,P,2), x and y in [0,1] -> (N,C,P).
 
     As torch's grid_sample with zeros outside and corners not aligned, which has no deterministic
-    backward on CUDA; indexing has.
+    backward on CUDA. A sum of weighted rows of a table has, and gathers the four around a point at
+    once.
     """
     number, channels, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
-    places = points * points.new_tensor([width, height]) - 0.5
+    sides = torch.tensor([width, height], device=x.device)
+    places = points * sides - 0.5
     low = places.floor()
-    share = places - low
-    total = x.new_zeros(number, points.shape[1], channels)
-    first = torch.arange(number, device=x.device)[:, None] * (height * width)
-    for right in (0, 1):
-        for down in (0, 1):
-            column, row = (low[..., 0] + right).long(), (low[..., 1] + down).long()
-            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            across = share[..., 0] if right else 1 - share[..., 0]
-            along = share[..., 1] if down else 1 - share[..., 1]
-            index = first + row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-            weight = (across * along * inside).to(x.dtype)
-            total = total + rows[index] * weight[..., None]
-    return total.permute(0, 2, 1)
+    beyond = (places - low)[:, :, None]
+    right_down = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], device=x.device)
+    corners = low[:, :, None].long() + right_down  # (N,P,4,2)
+    inside = ((corners >= 0) & (corners < sides)).all(dim=3)
+    shares = torch.where(right_down == 1, beyond, 1 - beyond).prod(dim=3) * inside
+    across, down = corners.clamp(torch.zeros_like(sides), sides - 1).unbind(dim=3)
+    first = torch.arange(number, device=x.device)[:, None, None] * (height * width)
+    index = (first + down * width + across).view(-1, 4)
+    weights = shares.to(x.dtype).view(-1, 4)
+    total = nn.functional.embedding_bag(index, rows, per_sample_weights=weights, mode="sum")
+    return total.view(number, points.shape[1], channels).permute(0, 2, 1)

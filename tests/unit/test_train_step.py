@@ -106,7 +106,8 @@ def test_a_training_that_is_taken_up_again_ends_in_the_same_bytes(
     given = setting(**changes)
 
     def save(learner: Learner, iteration: int, name: str) -> bytes:
-        made = build_checkpoint(learner.states(), iteration, None, {"params": {}})
+        network = {"head": {"name": "fcn"}, "backbone": {"name": "resnet18"}}
+        made = build_checkpoint(learner.states(), iteration, None, {"params": {"model": network}})
         save_file(made, tmp_path / name)
         return (tmp_path / name).read_bytes()
 
