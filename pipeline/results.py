@@ -5,9 +5,10 @@ The only module that reads what DVC keeps.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.data.store import Array
+from pipeline.evaluation.comparison import Result
 from pipeline.evaluation.per_image import PER_IMAGE, PerImage
 from pipeline.evaluation.report import PREDICTIONS, read_mask
 from pipeline.experiment import Params
@@ -18,18 +19,7 @@ from pipeline.yaml12 import parse_yaml
 WORKSPACE = "workspace"
 
 
-Mask = Callable[[str], Array | None]  # the prediction (H,W) of an image by its name, if kept
-
-
-class Found(NamedTuple):
-    """An evaluation by the name under which it was asked for."""
-
-    name: str
-    per_image: PerImage
-    mask: Mask
-
-
-def find(name: str, params: Params) -> Found:
+def find(name: str, params: Params) -> Result:
     """What was measured under a name: `workspace`, an experiment, any revision, an MLflow run.
 
     Raises:
@@ -47,7 +37,7 @@ def find(name: str, params: Params) -> Found:
             "`dvc exp list` and `make ui` name what there is, and `workspace` is what lies here "
             f"({unknown})"
         )
-    return Found(name, PerImage.load(content, f"{name}: {PER_IMAGE}"), lambda image: None)
+    return Result(name, PerImage.load(content, f"{name}: {PER_IMAGE}"))
 
 
 def _revision(name: str) -> tuple[Any, str]:
@@ -74,7 +64,7 @@ def _work_dir(name: str, files: Any) -> str:
         raise ValueError(f"{name}: its params.yaml is missing or names no train.work_dir") from None
 
 
-def _of_files(name: str, work_dir: str, read: Callable[[str], bytes]) -> Found:
+def _of_files(name: str, work_dir: str, read: Callable[[str], bytes]) -> Result:
     path = Path(work_dir) / PER_IMAGE
     try:
         content = read(path.as_posix())
@@ -89,4 +79,4 @@ def _of_files(name: str, work_dir: str, read: Callable[[str], bytes]) -> Found:
         except FileNotFoundError:
             return None
 
-    return Found(name, PerImage.load(content, f"{name}: {path}"), mask)
+    return Result(name, PerImage.load(content, f"{name}: {path}"), mask)

@@ -71,9 +71,8 @@ def artifact_of(params: TrackingParams, name: str, path: Path) -> bytes | None:
             quote = "'" if '"' in name else '"'
             named = f"attributes.run_name = {quote}{name}{quote}"
             run = _find(client, name) if re.fullmatch("[0-9a-f]{32}", name) else None
-            ids = [one.info.run_id for one in [run] if one]
-            ids = ids or [one.info.run_id for one in client.search_runs([experiment], named)]
-        held = {one: _artifact(client, one, path) for one in ids}
+            runs = [run] if run else client.search_runs([experiment], named)
+        held = {one.info.run_id: _artifact(client, one.info.run_id, path) for one in runs}
     except Exception as error:
         raise ValueError(f"MLflow can't be asked for {name}: {_line(error)}") from None
     found = {one: content for one, content in held.items() if content is not None}

@@ -11,7 +11,7 @@ from itertools import count, product
 from pathlib import Path
 
 from pipeline.data.store import INDEX, PREPARED, Store
-from pipeline.evaluation.comparison import Comparison, Group, Result, compare, differing, gather
+from pipeline.evaluation.comparison import Comparison, Group, compare, differing, gather
 from pipeline.experiment import load_params
 from pipeline.pages import score
 from pipeline.pages.comparison import comparison_page
@@ -38,8 +38,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     params = load_params()
-    found = [find(name, params) for name in dict.fromkeys(options.names)]
-    groups = dict(zip(letters(), gather(Result(one.name, one.per_image) for one in found)))
+    found = (find(name, params) for name in dict.fromkeys(options.names))
+    groups = dict(zip(letters(), gather(found)))
     print_groups(groups)
     if len(groups) == 1:
         raise ValueError(
@@ -51,7 +51,7 @@ def main() -> None:
     for letter, comparison in comparisons.items():
         print_comparison(comparison, first, letter)
     store = Store(PREPARED) if (PREPARED / INDEX).is_file() else None
-    page = comparison_page(groups, comparisons, {one.name: one.mask for one in found}, store)
+    page = comparison_page(groups, comparisons, store)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(page, encoding="utf-8")
     print(f"\nas a page: {options.out}")

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from pipeline.evaluation.comparison import Result, compare, gather, worse
+from pipeline.evaluation.comparison import compare, gather, worse
 from pipeline.yaml12 import read_yaml
 from stages import run_main
-
-HERE = "the workspace"
 
 
 def main() -> None:
@@ -32,10 +30,9 @@ def judge() -> str:
     assert gate is not None
     if gate.baseline == WORKSPACE:
         raise ValueError("gate.baseline: workspace is the result itself; name a revision")
-    found = {gate.baseline: find(gate.baseline, params), HERE: find(WORKSPACE, params)}
-    groups = [gather([Result(name, one.per_image)])[0] for name, one in found.items()]
-    comparison = compare(*groups)
-    said = comparison.sentence(*found)
+    baseline, here = (gather([find(name, params)])[0] for name in (gate.baseline, WORKSPACE))
+    comparison = compare(baseline, here)
+    said = comparison.sentence(gate.baseline, "the workspace")
     if lost := worse(comparison, gate):
         raise ValueError(
             f"gate: worse than {gate.baseline} by more than {gate.tolerance:g}, beyond what other "

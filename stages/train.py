@@ -64,12 +64,13 @@ def run(params: Params, device: torch.device) -> None:
     """Train from where this very training was left, or else from what the parameters name."""
     options, first = params.train, distributed.rank() == 0
     store = Store(PREPARED)
-    state = state_of(params, store)
+    code = training_code(result_of(params), options)
+    state = state_of(params, store, code)
 
     with state.locked() if first else nullcontext():
         if first:
             open_log(Path(options.work_dir), state)
-            begin_extension(params, store, state)
+            begin_extension(params, store, state, code)
         else:
             log.setLevel(logging.ERROR)  # the first process says it for all
         log.info("%s", distributed.described(device))
@@ -116,7 +117,6 @@ def run(params: Params, device: torch.device) -> None:
                 track=tracker.log,
             )
             if first:
-                code = training_code(result_of(params), options)
                 write_outputs(Path(options.work_dir), state, tracker, code)
 
 
@@ -130,18 +130,18 @@ def result_of(params: Params) -> dict[str, Any]:
     )
 
 
-def state_of(params: Params, store: Store) -> State:
+def state_of(params: Params, store: Store, code: str) -> State:
     """The state of the training that the parameters, the data and the code describe."""
-    return State(train_fingerprint(result_of(params), params.train, store.md5))
+    return State(train_fingerprint(result_of(params), store.md5, code))
 
 
-def begin_extension(params: Params, store: Store, state: State) -> None:
+def begin_extension(params: Params, store: Store, state: State, code: str) -> None:
     """Begin an extension where the training that it extends ended, if that is still there."""
     options = params.train
     if not options.extend or state.exists:
         return
     shorter = options.model_copy(update={"extend": 0})
-    other = state_of(params.model_copy(update={"train": shorter}), store)
+    other = state_of(params.model_copy(update={"train": shorter}), store, code)
     if not state.start_from(other, describe(params, store)):
         log.info(
             "the training of %d iterations that train.extend goes on from is not the last one "

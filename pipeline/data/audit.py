@@ -84,7 +84,8 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
     labelled = [split for split in SPLITS if histograms[split][:-1].any()]
     if not problems:  # else an empty split only follows from them
         problems += _empty(params, labelled, histograms["train"])
-        problems += _black_and_white(params, shards) if problems else []
+        if problems:
+            problems += _black_and_white(params, shards)
     if problems:
         for shard in shards:
             (folder / shard.name).unlink()

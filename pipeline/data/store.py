@@ -43,9 +43,9 @@ class Index(TypedDict):
     """The content of index.json.
 
     `content` is the identity of the data set, whichever fold is val, and `fold` which one is, if
-    there are folds. `pixels` and `frequency` are
-    those of each class in train, see `audit.prepare`; `shards` holds the md5 of each shard,
-    `splits` the entries of each split, as lists of their values.
+    there are folds. `pixels` and `frequency` are those of each class in train, see `audit.prepare`;
+    `shards` holds the md5 of each shard, `splits` the entries of each split, as lists of their
+    values.
     """
 
     format: int

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from pipeline.data.store import Array
 from pipeline.evaluation.metrics import Matrix, Scores, iou_of, mean_of
 from pipeline.evaluation.per_image import PerImage
 from pipeline.evaluation.uncertainty import (
@@ -48,10 +49,14 @@ class GateParams(Section):
 
 
 class Result(NamedTuple):
-    """An evaluation, by the name under which it was asked for."""
+    """An evaluation, by the name under which it was asked for.
+
+    `mask` gives the prediction (H,W) of an image by its name, None where it was not kept.
+    """
 
     name: str
     per_image: PerImage
+    mask: Callable[[str], Array | None] = lambda image: None
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,8 @@ def write_plots(folder: Path, scores: dict[str, Any], confusion: Matrix, store: 
 
 def choose(scores: Sequence[float]) -> list[tuple[str, int]]:
     """Names and indices of the best, median and worst images by their scores, each image once."""
-    ranked = [
-        index
-        for index in np.argsort(scores, kind="stable").tolist()
-        if scores[index] == scores[index]
-    ]
+    defined = np.count_nonzero(~np.isnan(scores))
+    ranked = np.argsort(scores, kind="stable")[:defined].tolist()  # nan is sorted to the end
     count = min(PICTURES, len(ranked) // 3) or min(1, len(ranked))
     middle = (len(ranked) - count) // 2
     kinds = {

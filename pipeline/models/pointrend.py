@@ -142,17 +142,25 @@ def sample(x: Tensor, points: Tensor) -> Tensor:
     """
     number, channels, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
-    sides = torch.tensor([width, height], device=x.device)
+    places, shares = corners(points, height, width)
+    first = torch.arange(number, device=x.device)[:, None, None] * (height * width)
+    index, weights = (first + places).view(-1, 4), shares.to(x.dtype).view(-1, 4)
+    total = nn.functional.embedding_bag(index, rows, per_sample_weights=weights, mode="sum")
+    return total.view(number, points.shape[1], channels).permute(0, 2, 1)
+
+
+def corners(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The four pixels around points (N,P,2) of a map, row after row, and their shares: (N,P,4).
+
+    A pixel outside of the map has a share of 0, and a place inside of it.
+    """
+    sides = torch.tensor([width, height], device=points.device)
     places = points * sides - 0.5
     low = places.floor()
     beyond = (places - low)[:, :, None]
-    right_down = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], device=x.device)
-    corners = low[:, :, None].long() + right_down  # (N,P,4,2)
-    inside = ((corners >= 0) & (corners < sides)).all(dim=3)
+    right_down = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]], device=points.device)
+    pixels = low[:, :, None].long() + right_down  # (N,P,4,2)
+    inside = ((pixels >= 0) & (pixels < sides)).all(dim=3)
     shares = torch.where(right_down == 1, beyond, 1 - beyond).prod(dim=3) * inside
-    across, down = corners.clamp(torch.zeros_like(sides), sides - 1).unbind(dim=3)
-    first = torch.arange(number, device=x.device)[:, None, None] * (height * width)
-    index = (first + down * width + across).view(-1, 4)
-    weights = shares.to(x.dtype).view(-1, 4)
-    total = nn.functional.embedding_bag(index, rows, per_sample_weights=weights, mode="sum")
-    return total.view(number, points.shape[1], channels).permute(0, 2, 1)
+    across, down = pixels.clamp(torch.zeros_like(sides), sides - 1).unbind(dim=3)
+    return down * width + across, shares

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pipeline.models.keyed import uniform
 from pipeline.models.network import Labels
-from pipeline.models.pointrend import sample
+from pipeline.models.pointrend import corners, sample
 from pipeline.params import Above0, AtLeast0, Named, Positive, Probability
 
 NOTHING = -100  # the label of a query that learns no class, not even that there is none
@@ -243,22 +243,14 @@ class SetLoss:
         As torch's grid_sample of a class's mask, with zeros outside and corners not aligned.
         """
         height, width = target.shape[1:]
-        x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
-        left, top = x.floor(), y.floor()
+        places, shares = corners(points, height, width)
+        labels = target.flatten()[images[:, None, None] * (height * width) + places]
         inside = points.new_zeros(*classes.shape, points.shape[1])
         known, total = points.new_zeros(2, *points.shape[:2])
-        for right in (0, 1):
-            for down in (0, 1):
-                column, row = (left + right).long(), (top + down).long()
-                within_image = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-                across = x - left if right else 1 - (x - left)
-                along = y - top if down else 1 - (y - top)
-                weight = across * along * within_image
-                place = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-                label = target.flatten()[images[:, None] * (height * width) + place]
-                inside += (label[:, None] == classes[..., None]) * weight[:, None]
-                known += (label != self.ignore_index) * weight
-                total += weight
+        for label, share in zip(labels.unbind(dim=2), shares.unbind(dim=2), strict=True):
+            inside += (label[:, None] == classes[..., None]) * share[:, None]
+            known += (label != self.ignore_index) * share
+            total += share
         return Labelled(inside, known / total)
 
 

@@ -12,7 +12,6 @@ from pipeline.evaluation.comparison import Comparison, Group, differing
 from pipeline.evaluation.report import blend
 from pipeline.evaluation.uncertainty import DRAWS
 from pipeline.pages import embedded, render
-from pipeline.results import Mask
 
 SHOWN = 6  # images
 LONGEST = 640  # pixels of a picture's longer side: a page shows it no larger
@@ -28,12 +27,11 @@ class Picture(NamedTuple):
 def comparison_page(
     groups: Mapping[str, Group],
     comparisons: Mapping[str, Comparison],
-    masks: Mapping[str, Mask],
     store: Store | None,
 ) -> str:
     """HTML. Groups and comparisons are by letter: a comparison is of its group with the first.
 
-    Pictures need the prepared data set that was measured, and the `masks` of the results, by name.
+    Pictures need the prepared data set that was measured, and the masks that its results kept.
     """
     first = next(iter(groups))
     if store and list(store.classes) != groups[first].classes:
@@ -49,7 +47,7 @@ def comparison_page(
         shown=SHOWN,
         pictures={
             letter: {
-                place: photos.pictures(place, {first: one.first, letter: one.second}, masks)
+                place: photos.pictures(place, {first: one.first, letter: one.second})
                 for place in one.furthest(SHOWN)
             }
             for letter, one in comparisons.items()
@@ -73,10 +71,8 @@ class _Photos:
             for index, entry in enumerate(split.entries)
         }
 
-    def pictures(
-        self, place: int, groups: Mapping[str, Group], masks: Mapping[str, Mask]
-    ) -> list[Picture]:
-        """The image, its target over it, and the prediction of the first result of each group."""
+    def pictures(self, place: int, groups: Mapping[str, Group]) -> list[Picture]:
+        """The image, its target over it, and the first prediction that each group has kept."""
         name = self._names[place]
         if name not in self._held:
             return []
@@ -87,7 +83,7 @@ class _Photos:
             return []  # an image of this name in other data
         maps = {"target": target}
         for letter, group in groups.items():
-            kept = (masks[result.name](name) for result in group.results)
+            kept = (result.mask(name) for result in group.results)
             mask = next((mask for mask in kept if mask is not None), None)
             if mask is not None:
                 maps[f"{letter}'s prediction"] = mask

@@ -100,27 +100,23 @@ def result_params(
     }
 
 
-def train_fingerprint(result: dict[str, Any], train: TrainParams, data_md5: str) -> str:
-    """What a training's result follows from: parameters, data, code, the files it starts from."""
-    return _digest([result, data_md5, _code("train"), _started_from(result, train)])
+def train_fingerprint(result: dict[str, Any], data_md5: str, code: str) -> str:
+    """What a training's result follows from: parameters, data, and its `training_code`."""
+    return _digest([result, data_md5, code])
 
 
 def training_code(result: dict[str, Any], train: TrainParams) -> str:
-    """A digest of what a training follows from besides parameters and data."""
-    return _digest([_code("train"), _started_from(result, train)])
+    """What else a training's result follows from: code, and the files of weights it starts from."""
+    files = ["resumed" if train.resume_from else "loaded", *map(file_md5, start_files(train))]
+    pretrained = result["model"]["backbone"]["pretrained"]
+    weights = main_checkout() / (pretrained or "")
+    files.append(file_md5(weights) if pretrained != "imagenet" and weights.is_file() else "")
+    return _digest([_code("train"), files])
 
 
 def evaluation_code(training: str) -> str:
     """The same of an evaluation, by that of its training."""
     return _digest([training, _code("evaluate")])
-
-
-def _started_from(result: dict[str, Any], train: TrainParams) -> list[str]:
-    """How a training starts, and the md5 of the files of weights."""
-    files = ["resumed" if train.resume_from else "loaded", *map(file_md5, start_files(train))]
-    pretrained = result["model"]["backbone"]["pretrained"]
-    weights = main_checkout() / (pretrained or "")
-    return [*files, file_md5(weights) if pretrained != "imagenet" and weights.is_file() else ""]
 
 
 def evaluation_fingerprint(params: EvaluationParams, data_md5: str, train: str) -> str:
