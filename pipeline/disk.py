@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 # The version of every file that this tool writes for itself to read. Raise it with their content.
-FORMAT = 2
+FORMAT = 3
+MODEL = "model.safetensors"  # what predictions need of a training, beside its checkpoints
 
 
 def check_format(content: Mapping[str, Any], path: Path | str, remedy: str) -> None:

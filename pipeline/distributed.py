@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -62,19 +62,21 @@ def barrier() -> None:
         dist.barrier()
 
 
-def check_devices(device: str, gpus: int) -> None:
+def check_devices(device: str, gpus: int, option: str = "train.") -> None:
     """Refuse what the machine does not have, before any process starts.
+
+    `option` is what stands before `device` and `gpus` where a user sets them.
 
     Raises:
         ValueError: names the parameter, what was asked for and what is there.
     """
     there = torch.cuda.device_count()
     if device == "cuda" and not there:
-        raise ValueError("train.device: cuda, but this machine shows no GPU; use auto or cpu")
+        raise ValueError(f"{option}device: cuda, but this machine shows no GPU; use auto or cpu")
     if device != "cpu" and 0 < there < gpus:
         raise ValueError(
-            f"train.gpus: {gpus}, but this machine shows {there}; use at most {there}, or "
-            "train.device=cpu"
+            f"{option}gpus: {gpus}, but this machine shows {there}; use at most {there}, or "
+            f"{option}device=cpu"
         )
 
 
@@ -85,13 +87,12 @@ def processes_here(device: str, asked: int) -> int:
     return min(asked, torch.cuda.device_count())
 
 
-def hand_over(module: str, device: str, processes: int) -> bool:
-    """Start `python -m module` in that many processes by torchrun, and wait for them.
+def hand_over(module: str, processes: int, arguments: Sequence[str] = ()) -> bool:
+    """Start `python -m module arguments` in that many processes by torchrun, and wait for them.
 
     False where this process is to do the work: it is the only one, or a launcher started it and
     says so in WORLD_SIZE, as torchrun does and whoever starts ranks by hand.
     """
-    die_with_parent()
     if processes == 1 or "WORLD_SIZE" in os.environ:
         return False
     from torch.distributed import run
@@ -102,7 +103,7 @@ def hand_over(module: str, device: str, processes: int) -> bool:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, free_cores() // processes)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     try:
-        run.main([*options, "-m", module])
+        run.main([*options, "-m", module, *arguments])
     except ChildFailedError as error:  # the process has said why
         sys.exit(error.get_first_failure()[1].exitcode)
     return True

@@ -3,11 +3,13 @@
 The only module that reads what DVC keeps.
 """
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.store import Array
+from pipeline.disk import MODEL, write_atomically
 from pipeline.evaluation.comparison import Result
 from pipeline.evaluation.per_image import PER_IMAGE, PerImage
 from pipeline.evaluation.report import PREDICTIONS, read_mask
@@ -38,6 +40,44 @@ def find(name: str, params: Params) -> Result:
             f"({unknown})"
         )
     return Result(name, PerImage.load(content, f"{name}: {PER_IMAGE}"))
+
+
+def find_model(name: str, params: Params) -> Path:
+    """The file of the model that was trained under a name, as `find` knows names.
+
+    What lies elsewhere is copied below `.dvc/tmp`.
+
+    Raises:
+        ValueError: nothing is called so, or it holds no model.
+    """
+    work_dir = params.train.work_dir
+    if name == WORKSPACE:
+        path = Path(work_dir) / "checkpoints" / MODEL
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; `dvc repro` trains it, `dvc pull` brings it")
+        return path
+    files, unknown = _revision(name)
+    if files is not None:
+        path = Path(_work_dir(name, files)) / "checkpoints" / MODEL
+        try:
+            content = files.cat_file(path.as_posix())
+        except FileNotFoundError:
+            raise ValueError(
+                f"{name}: there is no {path}; run `dvc repro` there, or `dvc pull` what a remote "
+                "has"
+            ) from None
+    else:
+        content = artifact_of(params.tracking, name, Path("checkpoints") / MODEL)
+        if content is None:
+            raise ValueError(
+                f"{name} is no file, no experiment, no revision and no MLflow run with a model; "
+                f"`dvc exp list` and `make ui` name what there is ({unknown})"
+            )
+    digest = hashlib.md5(content).hexdigest()
+    kept = main_checkout() / ".dvc" / "tmp" / "instep-models" / f"{digest}{Path(MODEL).suffix}"
+    if not kept.is_file():
+        write_atomically(kept, lambda file: file.write(content))
+    return kept
 
 
 def _revision(name: str) -> tuple[Any, str]:

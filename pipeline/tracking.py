@@ -57,6 +57,7 @@ class TrackingParams(Section):
     uri: str | None
     experiment: str = Field(min_length=1)
     log_interval: Positive
+    log_model: bool = True
 
 
 def artifact_of(params: TrackingParams, name: str, path: Path) -> bytes | None:

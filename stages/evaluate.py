@@ -1,6 +1,7 @@
 """Stage 3: the best checkpoint -> predictions, scores and pictures, added to the training's run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,10 @@ from pipeline.evaluation.per_image import PER_IMAGE, Origin, PerImage
 from pipeline.evaluation.report import Masks, choose, write_overlays, write_plots
 from pipeline.evaluation.uncertainty import intervals
 from pipeline.experiment import Params, load_params
-from pipeline.models import ModelParams, build_model
-from pipeline.models.network import Labels
-from pipeline.models.weights import averaged
 from pipeline.params import flatten, plain
-from pipeline.precision import PRECISIONS, Normalization
+from pipeline.prediction.model import build_predictor, describe
 from pipeline.tracking import dvc_tags, git_tags, open_evaluation_run
-from pipeline.training.checkpoint import Checkpoint, fill, load_checkpoint
+from pipeline.training.checkpoint import Checkpoint, load_checkpoint
 from pipeline.training.state import Identity, State, evaluation_code, evaluation_fingerprint
 from stages import run_main
 
@@ -34,11 +32,12 @@ HEADLINE = ("mean_iou", "pixel_accuracy", "mean_dice", "mean_boundary_iou")
 
 def main() -> None:
     """Check the parameters, then evaluate here or hand over to torchrun."""
+    distributed.die_with_parent()
     params = load_params()
     Store(PREPARED).require_measured(params.evaluation.split)
     device = params.train.device
     processes = distributed.processes_here(device, params.train.gpus)  # any machine can evaluate
-    if not distributed.hand_over("stages.evaluate", device, processes):
+    if not distributed.hand_over("stages.evaluate", processes):
         with distributed.process_group(device) as own:
             run(params, own)
 
@@ -53,8 +52,9 @@ def run(params: Params, device: torch.device) -> None:
     store = Store(PREPARED)
     split = store.split(params.evaluation.split)
     best, last = (work_dir / "checkpoints" / name for name in ("best.pt", "last.pt"))
-    checkpoint = load_checkpoint(best if best.is_file() else last)
-    predictor = load_predictor(params, checkpoint, device)
+    path = best if best.is_file() else last
+    checkpoint = load_checkpoint(path)
+    predictor = predictor_of(params, checkpoint, path, device)
 
     num_classes, ignore_index = len(store.classes), store.ignore_index
     folder = work_dir / "evaluation"
@@ -118,24 +118,15 @@ def summary(scores: dict[str, Any]) -> str:
     return said
 
 
-def load_predictor(params: Params, checkpoint: Checkpoint, device: torch.device) -> Predictor:
+def predictor_of(
+    params: Params, checkpoint: Checkpoint, path: Path, device: torch.device
+) -> Predictor:
     """The checkpoint's network with its own preprocessing, under the `evaluation` section."""
-    trained = checkpoint["params"]
-    backbone = trained["model"]["backbone"] | {"pretrained": None, "with_cp": False}
-    described = json.dumps(trained["model"] | {"backbone": backbone})
-    section = ModelParams.model_validate_json(described)
-    distributed.seed_everything(trained["train"]["seed"], trained["train"]["deterministic"])
-    classes = len(checkpoint["classes"])
-    labels = Labels(classes, checkpoint["ignore_index"], checkpoint["frequency"])
-    precision = PRECISIONS[trained["train"]["precision"]]
-    network = build_model(section, labels)
-    network.to(device, precision.weights).to(memory_format=torch.channels_last)
-    fill(network, averaged(dict(checkpoint)), "the checkpoint")
-    return Predictor(
-        network,
-        Normalization(section.mean, section.std, precision=precision, device=device),
-        precision=precision,
-        scale=trained["augmentation"]["scale"],
+    trained = checkpoint["params"]["train"]
+    distributed.seed_everything(trained["seed"], trained["deterministic"])
+    described = describe(checkpoint, path)
+    return replace(
+        build_predictor(described, checkpoint, device),
         window=params.evaluation.window,
         scales=params.evaluation.scales,
         flip=params.evaluation.flip,

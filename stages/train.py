@@ -14,13 +14,15 @@ from pipeline import distributed
 from pipeline.data.loader import Samples, rare_class_shares
 from pipeline.data.store import PREPARED, Store
 from pipeline.data.transforms import fill_of
-from pipeline.disk import FORMAT, write_json
+from pipeline.disk import FORMAT, MODEL, write_json
 from pipeline.evaluation.inference import Predictor
 from pipeline.experiment import Params, load_params
 from pipeline.models import ModelParams, build_model
 from pipeline.models.network import Labels
+from pipeline.models.weights import averaged
 from pipeline.params import flatten, plain
 from pipeline.precision import PRECISIONS, Normalization
+from pipeline.prediction.calibration import fit_temperature
 from pipeline.tracking import Tracker, dvc_tags, git_tags, open_training_run, tracked
 from pipeline.training.checkpoint import (
     Best,
@@ -29,6 +31,7 @@ from pipeline.training.checkpoint import (
     fill,
     load_checkpoint,
     load_weights,
+    save_model,
 )
 from pipeline.training.loop import Intervals, Progress, train
 from pipeline.training.optimization import Learner, build_learner
@@ -48,6 +51,7 @@ log = logging.getLogger("instep")
 
 def main() -> None:
     """Check the parameters, then train here or hand over to torchrun."""
+    distributed.die_with_parent()
     params = load_params()
     store = Store(PREPARED)
     if params.train.validation:
@@ -55,7 +59,7 @@ def main() -> None:
     store.require_measured(params.evaluation.split)  # before the training, not after it
     start_files(params.train)
     distributed.check_devices(params.train.device, params.train.gpus)
-    if not distributed.hand_over("stages.train", params.train.device, params.train.gpus):
+    if not distributed.hand_over("stages.train", params.train.gpus):
         with distributed.process_group(params.train.device) as device:
             run(params, device)
 
@@ -97,14 +101,7 @@ def run(params: Params, device: torch.device) -> None:
                     class_shares=rare_class_shares(store.pixels, rare) if rare else None,
                 ),
                 validation=store.split("val"),
-                predictor=Predictor(
-                    learner.measured(),
-                    learner.normalize,
-                    precision=learner.precision,
-                    scale=params.augmentation.scale,
-                    window=params.evaluation.window,
-                    batch_size=params.evaluation.batch_size,
-                ),
+                predictor=predictor_of(params, learner),
                 options=options,
                 intervals=Intervals(
                     log=params.tracking.log_interval,
@@ -117,7 +114,9 @@ def run(params: Params, device: torch.device) -> None:
                 track=tracker.log,
             )
             if first:
-                write_outputs(Path(options.work_dir), state, tracker, code)
+                state.write_outputs(Path(options.work_dir))
+                write_model(params, store, learner)
+                record_outputs(params, state, tracker, code)
 
 
 def result_of(params: Params) -> dict[str, Any]:
@@ -230,6 +229,7 @@ def describe(params: Params, store: Store) -> Description:
         classes=store.classes,
         palette=store.palette,
         ignore_index=store.ignore_index,
+        exif=store.exif,
         frequency=store.frequency,
         params=result_of(params),
     )
@@ -278,13 +278,51 @@ def open_run(params: Params, store: Store, state: State, progress: Progress) -> 
     return tracker
 
 
-def write_outputs(work_dir: Path, state: State, tracker: Tracker, code: str) -> None:
-    """Hand DVC the checkpoints, the curves and the run's identity; MLflow gets the same files."""
-    state.write_outputs(work_dir)
+def write_model(params: Params, store: Store, learner: Learner) -> None:
+    """Write what predictions need as one file: the weights that are measured, their description.
+
+    They are calibrated by val, where the training was validated on it.
+    """
+    folder = Path(params.train.work_dir) / "checkpoints"
+    best, last = folder / "best.pt", folder / "last.pt"
+    checkpoint = load_checkpoint(best if best.is_file() else last)
+    temperature = None
+    if params.train.validation:
+        predictor = predictor_of(params, learner)
+        fill(predictor.network, averaged(dict(checkpoint)), "the best checkpoint")
+        found = fit_temperature(predictor, store.split("val"), store.ignore_index)
+        if found:
+            temperature, before, after = found
+            log.info(
+                "calibrated on val by the temperature %g: the mean negative log-likelihood of a "
+                "label goes from %.4f to %.4f",
+                temperature,
+                before,
+                after,
+            )
+    save_model(checkpoint, temperature, folder / MODEL)
+
+
+def predictor_of(params: Params, learner: Learner) -> Predictor:
+    """What measures the network that is trained, as `evaluation` has it, in one view."""
+    return Predictor(
+        learner.measured(),
+        learner.normalize,
+        precision=learner.precision,
+        scale=params.augmentation.scale,
+        window=params.evaluation.window,
+        batch_size=params.evaluation.batch_size,
+    )
+
+
+def record_outputs(params: Params, state: State, tracker: Tracker, code: str) -> None:
+    """Write the run's identity; MLflow gets the log, and the model unless it is not to."""
+    work_dir = Path(params.train.work_dir)
     run_id = tracker.run_id or state.run_id  # which an attempt may have opened before this one
     identity = Identity(format=FORMAT, run_id=run_id, fingerprint=state.fingerprint, code=code)
     write_json(work_dir / "run.json", identity)
-    tracker.log_artifacts(sorted((work_dir / "checkpoints").iterdir()), "checkpoints")
+    if params.tracking.log_model:
+        tracker.log_artifacts([work_dir / "checkpoints" / MODEL], "checkpoints")
     tracker.log_artifacts([work_dir / "train.log"], "")
 
 

@@ -281,6 +281,7 @@ def _write_index(params: DataParams, folder: Path, shards: list[Shard]) -> None:
         "classes": params.classes,
         "palette": params.palette,
         "ignore_index": params.ignore_index,
+        "exif": params.exif,
         "content": _content(params, shards),
         "fold": params.format.fold,
         "pixels": histograms["train"][:-1].tolist(),

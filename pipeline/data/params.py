@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from pipeline.data.formats import FORMATS, FormatParams, Reader
+from pipeline.data.formats import FORMATS, Exif, FormatParams, Reader
 from pipeline.params import Colour, Grey, Section, choose
 
 
@@ -13,8 +13,10 @@ class DataParams(Section):
     """What `prepare` reads and what it is called.
 
     Pixels of `ignore_index` are neither learned nor measured. With `reduce_zero_label` id 0 becomes
-    ignore_index and the others one less. `allow_missing_classes` lets a class be without a pixel in
-    train: nothing teaches it, and evaluation leaves it out unless it is predicted or labelled.
+    ignore_index and the others one less. A photograph is turned by its EXIF orientation unless
+    `exif` is `ignore`, and so are those that the model will predict. `allow_missing_classes` lets a
+    class be without a pixel in train: nothing teaches it, and evaluation leaves it out unless it is
+    predicted or labelled.
     """
 
     name: str = Field(min_length=1)
@@ -24,6 +26,7 @@ class DataParams(Section):
     palette: tuple[Colour, ...]
     ignore_index: Grey = 255
     reduce_zero_label: bool = False
+    exif: Exif = "apply"
     allow_missing_classes: bool = False
 
     @property
@@ -33,7 +36,8 @@ class DataParams(Section):
 
     def reader(self) -> Reader[Any]:
         """The reader of the format."""
-        return FORMATS[self.format.name](Path(self.root), self.ignore_index, self.format)
+        reader = FORMATS[self.format.name]
+        return reader(Path(self.root), self.ignore_index, self.exif, self.format)
 
     @field_validator("root")
     @classmethod

@@ -43,9 +43,9 @@ class Index(TypedDict):
     """The content of index.json.
 
     `content` is the identity of the data set, whichever fold is val, and `fold` which one is, if
-    there are folds. `pixels` and `frequency` are those of each class in train, see `audit.prepare`;
-    `shards` holds the md5 of each shard, `splits` the entries of each split, as lists of their
-    values.
+    there are folds; `exif` is data.exif. `pixels` and `frequency` are those of each class in train,
+    see `audit.prepare`; `shards` holds the md5 of each shard, `splits` the entries of each split,
+    as lists of their values.
     """
 
     format: int
@@ -53,6 +53,7 @@ class Index(TypedDict):
     classes: Sequence[str]
     palette: Sequence[Sequence[int]]
     ignore_index: int
+    exif: str
     content: str
     fold: int | None
     pixels: list[int]
@@ -106,7 +107,7 @@ class Store:
         self.name = index["name"]
         self.classes = tuple(index["classes"])
         self.palette = tuple(tuple(colour) for colour in index["palette"])
-        self.ignore_index = index["ignore_index"]
+        self.ignore_index, self.exif = index["ignore_index"], index["exif"]
         self.content, self.fold = index["content"], index["fold"]
         self.pixels = index["pixels"]
         self.frequency = index["frequency"]

@@ -48,20 +48,25 @@ class EvaluationParams(Section):
         return self
 
 
-@dataclass(frozen=True)
 class View:
-    """What a network made of images of `size` (H,W), as they are or mirrored.
+    """What a predictor's network makes of images at one scale, as they are or mirrored.
 
-    `windows` are the top, the left and the outputs of each window of `crop`; one holds the whole.
-    What belongs to pixels is made from that band by band, and never whole: of many classes it would
-    be the largest thing of all.
+    `images` are (N,H,W,3) uint8, already of this scale. Windows are computed when the first of
+    their rows is asked for and let go after the last: rows are asked for from top to bottom. What
+    belongs to pixels is made band by band, too, and never whole: of many classes it would be the
+    largest thing of all.
     """
 
-    network: Network
-    size: tuple[int, int]
-    crop: tuple[int, int]
-    windows: list[tuple[int, int, Any]]
-    mirrored: bool
+    def __init__(self, predictor: "Predictor", images: Tensor, *, mirrored: bool = False) -> None:
+        self.size = (images.shape[1], images.shape[2])
+        self._predictor = predictor
+        self._images = images.flip(2) if mirrored else images
+        self._mirrored = mirrored
+        crop, stride = predictor.window or (self.size, self.size)
+        self._crop = (min(crop[0], self.size[0]), min(crop[1], self.size[1]))
+        self._tops = _starts(self.size[0], self._crop[0], stride[0])
+        self._lefts = _starts(self.size[1], self._crop[1], stride[1])
+        self._windows: list[tuple[int, int, Any]] = []  # top, left and outputs of each
 
     def scores(self, shape: tuple[int, int], rows: slice) -> Tensor:
         """The scores (N,C,rows,W) of these rows of the unmirrored images at their own `shape`.
@@ -70,20 +75,22 @@ class View:
         MMSegmentation's test-time augmentation: https://github.com/open-mmlab/mmsegmentation
         """
         own = self._scores(taps(self.size[0], shape[0], rows))
-        own = own.flip(3) if self.mirrored else own
+        own = own.flip(3) if self._mirrored else own
         return resized_band(own, self.size[0], shape, rows)
 
     def _scores(self, rows: slice) -> Tensor:
         """The scores of these rows of the view, averaged where windows overlap."""
-        if len(self.windows) == 1:
-            return self.network.scores(self.windows[0][2], self.size, rows)
+        self._compute(rows)
+        network = self._predictor.network
+        if self._crop == self.size:
+            return network.scores(self._windows[0][2], self.size, rows)
         parts = []
-        for top, left, outputs in self.windows:
-            start, stop = max(rows.start, top), min(rows.stop, top + self.crop[0])
+        for top, left, outputs in self._windows:
+            start, stop = max(rows.start, top), min(rows.stop, top + self._crop[0])
             if start < stop:
-                scores = self.network.scores(outputs, self.crop, slice(start - top, stop - top))
+                scores = network.scores(outputs, self._crop, slice(start - top, stop - top))
                 inside = slice(start - rows.start, stop - rows.start)
-                parts.append((np.s_[..., inside, left : left + self.crop[1]], scores))
+                parts.append((np.s_[..., inside, left : left + self._crop[1]], scores))
         first = parts[0][1]
         shape = (len(first), rows.stop - rows.start, self.size[1], first.shape[1])
         total = first.new_zeros(shape).permute(0, 3, 1, 2)  # classes side by side: resized_band
@@ -92,6 +99,19 @@ class View:
             total[area] += scores
             count[area] += 1
         return total.div_(count)
+
+    def _compute(self, rows: slice) -> None:
+        """Have the windows of these rows, and none that ends above them."""
+        height, width = self._crop
+        self._windows = [one for one in self._windows if one[0] + height > rows.start]
+        predictor = self._predictor
+        while self._tops and self._tops[0] < rows.stop:
+            top = self._tops.pop(0)
+            for left in self._lefts:
+                window = self._images[:, top : top + height, left : left + width]
+                inputs = predictor.normalize(window.to(predictor.device))
+                with predictor.precision.autocast(predictor.device):
+                    self._windows.append((top, left, predictor.network(inputs)))
 
 
 @dataclass(frozen=True)
@@ -123,12 +143,22 @@ class Predictor:
         found = [scores.argmax(dim=1).to(torch.uint8) for scores in self.scores(images)]
         return list(torch.cat(found, dim=1).cpu().numpy())
 
-    @torch.no_grad()
-    def scores(self, images: list[Array]) -> Iterator[Tensor]:
+    def probabilities(self, images: list[Array]) -> Iterator[Tensor]:
         """Bands of rows, (N,C,rows,W) from top to bottom, of which each goes before the next comes.
 
-        They hold the scores of the only view, or the mean of all views' probabilities.
+        They hold the mean of all views' probabilities.
         """
+        for band in self.scores(images):
+            yield self.network.probabilities(band) if self.views == 1 else band
+
+    @property
+    def views(self) -> int:
+        """As how many images the network sees one."""
+        return len(self.scales) * (1 + self.flip)
+
+    @torch.no_grad()
+    def scores(self, images: list[Array]) -> Iterator[Tensor]:
+        """Bands as of `probabilities`, but of the only view's scores, where there is one alone."""
         shape = (images[0].shape[0], images[0].shape[1])
         views = self._views(images)
         first = views[0].scores(shape, slice(0, 1))  # tells how many classes there are
@@ -147,30 +177,20 @@ class Predictor:
         mirrors = (False, True) if self.flip else (False,)
         views: list[View] = []
         for ratio in self.scales:
-            inputs = self._inputs(images, resized(shape, self.scale, ratio))
-            views.extend(self.view(inputs, mirrored=mirrored) for mirrored in mirrors)
+            size = resized(shape, self.scale, ratio)
+            stacked = torch.from_numpy(_at(images, size))
+            views.extend(View(self, stacked, mirrored=mirrored) for mirrored in mirrors)
         return views
 
-    def _inputs(self, images: list[Array], size: tuple[int, int]) -> Tensor:
-        if size != images[0].shape[:2]:
-            images = [np.asarray(cv2.resize(image, size[::-1]), np.uint8) for image in images]
-        stacked = torch.from_numpy(np.stack(images)).to(self.device)
-        normalised: Tensor = self.normalize(stacked)
-        return normalised
 
-    def view(self, inputs: Tensor, *, mirrored: bool = False) -> View:
-        """Normalised images (N,3,H,W), and what the network makes of them, window by window."""
-        size = (inputs.shape[2], inputs.shape[3])
-        crop, stride = self.window or (size, size)
-        crop = (min(crop[0], size[0]), min(crop[1], size[1]))
-        inputs = inputs.flip(3) if mirrored else inputs
-        windows = []
-        with self.precision.autocast(self.device):
-            for top in _starts(size[0], crop[0], stride[0]):
-                for left in _starts(size[1], crop[1], stride[1]):
-                    window = inputs[..., top : top + crop[0], left : left + crop[1]]
-                    windows.append((top, left, self.network(window)))
-        return View(self.network, size, crop=crop, windows=windows, mirrored=mirrored)
+def _at(images: list[Array], size: tuple[int, int]) -> Array:
+    """Images of one size, stacked, at another: (N,H,W,3)."""
+    if size != images[0].shape[:2]:
+        images = [np.asarray(cv2.resize(image, size[::-1]), np.uint8) for image in images]
+    one = images[0]
+    if len(images) == 1 and one.flags.c_contiguous and one.flags.writeable:  # as torch wants them
+        return one[None]
+    return np.stack(images)
 
 
 def _starts(side: int, window: int, step: int) -> list[int]:

@@ -29,7 +29,7 @@ class Masks:
     def __init__(self, work_dir: Path, split: Split, palette: Sequence[Sequence[int]]) -> None:
         self.folder = work_dir / PREDICTIONS
         self._names = [entry.name for entry in split.entries]
-        self._palette = [level for colour in palette for level in colour]
+        self._palette = palette
 
     def clear(self) -> None:
         """Take away what an earlier evaluation has left."""
@@ -40,13 +40,18 @@ class Masks:
         """The mask (H,W) of the image of this index."""
         path = self.folder / f"{self._names[index]}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(prediction, "L")
-        picture.putpalette(self._palette)
-        picture.save(path)
+        write_mask(path, prediction, self._palette)
 
     def read(self, index: int) -> Array:
         """What `write` was given."""
         return read_mask((self.folder / f"{self._names[index]}.png").read_bytes())
+
+
+def write_mask(path: Any, ids: Array, palette: Sequence[Sequence[int]]) -> None:
+    """Class ids (H,W) as a PNG of the palette's colours, in a file by its path or an open one."""
+    picture = Image.fromarray(ids, "L")
+    picture.putpalette([level for colour in palette for level in colour])
+    picture.save(path, "PNG")
 
 
 def read_mask(content: bytes) -> Array:
@@ -98,24 +103,36 @@ def write_overlays(
     folder.mkdir(parents=True)
     for name, index in chosen:
         image, target = split[index]
-        panels = [image, blend(image, target, store), blend(image, masks.read(index), store)]
+        maps = (target, masks.read(index))
+        panels = [image, *(blend(image, labels, store.palette) for labels in maps)]
         gap = np.full((image.shape[0], 4, 3), 255, np.uint8)
         picture = np.hstack([panels[0], gap, panels[1], gap, panels[2]])
         stem = re.sub(r"[^\w\-]+", "_", split.entries[index].name)[-60:]  # names have a limit
         (folder / f"{name}_{stem}.png").write_bytes(png(picture))
 
 
+def shrunk(picture: Array, longest: int, interpolation: int) -> Array:
+    """A picture, or a map of one, whose longer side has no more pixels than `longest`."""
+    height, width = picture.shape[:2]
+    factor = min(longest / max(height, width), 1)
+    size = max(round(width * factor), 1), max(round(height * factor), 1)
+    return np.asarray(cv2.resize(picture, size, interpolation=interpolation), np.uint8)
+
+
 def png(picture: Array) -> bytes:
-    """A picture (H,W,3) as a PNG file."""
-    done, data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    """A picture, (H,W,3) or grey (H,W), as a PNG file."""
+    coloured = picture.ndim == 3
+    done, data = cv2.imencode(
+        ".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR) if coloured else picture
+    )
     assert done, "OpenCV encodes any uint8 picture"
     return data.tobytes()
 
 
-def blend(image: Array, labels: Array, store: Store) -> Array:
-    """The classes' colours over the image; ignored pixels stay as they are."""
-    colours = np.array(store.palette, np.float32)
-    known = labels != store.ignore_index
+def blend(image: Array, labels: Array, palette: Sequence[Sequence[int]]) -> Array:
+    """The classes' colours over the image; pixels of no class stay as they are."""
+    colours = np.array(palette, np.float32)
+    known = labels < len(palette)
     blended = image.astype(np.float32)
     blended[known] += OPACITY * (colours[labels[known]] - blended[known])
     return np.rint(blended).astype(np.uint8)

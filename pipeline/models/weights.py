@@ -4,20 +4,21 @@ Known are torch.save's files (.pt, .pth) and safetensors; checkpoints of this to
 MMSegmentation and of EoMT, and bare state_dicts, such as timm's and OpenMMLab's of an encoder.
 """
 
+import json
 import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.models.eomt_names import from_eomt
 from pipeline.models.mmseg import from_mmseg
 
-OWN = {"model", "optimizer", "iteration", "best", "params"}  # by these a checkpoint is one of ours
+OWN = {"model", "params"}  # by these a file is one of ours
+DESCRIPTION = "instep"  # the metadata of our safetensors: several keys would change their order
 BACKBONE = "backbone."
 
 
@@ -67,10 +68,14 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors by name; of a file of ours its description, and below `model` the tensors."""
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        with safe_open(path, "pt") as file:
+            described = (file.metadata() or {}).get(DESCRIPTION)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors if described is None else {**json.loads(described), "model": tensors}
+    except (SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a file of safetensors that can be read: {error}") from None
 
 
@@ -94,7 +99,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def is_own(content: dict[str, Any]) -> bool:
-    """Whether a file's content is a checkpoint of this tool."""
+    """Whether a file's content is a checkpoint, or a model, of this tool."""
     return content.keys() >= OWN
 
 

@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 
 from pipeline.data.splits import SPLITS
-from pipeline.data.store import Array, Store
+from pipeline.data.store import Store
 from pipeline.evaluation.comparison import Comparison, Group, differing
-from pipeline.evaluation.report import blend
+from pipeline.evaluation.report import blend, shrunk
 from pipeline.evaluation.uncertainty import DRAWS
 from pipeline.pages import embedded, render
 
@@ -87,16 +87,9 @@ class _Photos:
             mask = next((mask for mask in kept if mask is not None), None)
             if mask is not None:
                 maps[f"{letter}'s prediction"] = mask
-        image = _shrunk(image, cv2.INTER_AREA)
+        image = shrunk(image, LONGEST, cv2.INTER_AREA)
         layers = {"image": image} | {
-            label: blend(image, _shrunk(labels, cv2.INTER_NEAREST), self._store)
+            label: blend(image, shrunk(labels, LONGEST, cv2.INTER_NEAREST), self._store.palette)
             for label, labels in maps.items()
         }
         return [Picture(label, embedded(layer)) for label, layer in layers.items()]
-
-
-def _shrunk(picture: Array, interpolation: int) -> Array:
-    height, width = picture.shape[:2]
-    factor = min(LONGEST / max(height, width), 1)
-    size = max(round(width * factor), 1), max(round(height * factor), 1)
-    return np.asarray(cv2.resize(picture, size, interpolation=interpolation), np.uint8)

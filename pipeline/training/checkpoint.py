@@ -1,5 +1,6 @@
 """Checkpoints: what they hold, and how they get to disk whole or not at all."""
 
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -7,15 +8,25 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 import torch
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from pipeline.disk import FORMAT, check_format, write_atomically
 from pipeline.models.vit import ViT
-from pipeline.models.weights import OWN, classes_of, is_own, read_file, weights_of
+from pipeline.models.weights import (
+    DESCRIPTION,
+    OWN,
+    averaged,
+    classes_of,
+    is_own,
+    read_file,
+    weights_of,
+)
 from pipeline.params import main_checkout
 
 log = logging.getLogger("instep")
 
+GOES_ON = OWN | {"best", "iteration", "optimizer"}
 AUXILIARY = "auxiliary_head."
 LISTED = 12  # weights in a message
 KINDS = {"missing": ": missing", "unknown": ": unknown", "of another shape": " in the file, "}
@@ -37,6 +48,7 @@ class Description(TypedDict):
     classes: Sequence[str]
     palette: Sequence[Sequence[int]]
     ignore_index: int
+    exif: str
     frequency: Sequence[float]
     params: dict[str, Any]
 
@@ -92,6 +104,18 @@ def save(content: Any, path: Path) -> None:
     write_atomically(path, lambda file: torch.save(content, file))
 
 
+def save_model(checkpoint: Checkpoint, temperature: float | None, path: Path) -> None:
+    """Write what predictions need of a checkpoint as one file of safetensors, atomically.
+
+    It holds the weights that are measured and, as JSON in its metadata, the checkpoint's
+    description and the `temperature` that calibrates it, null where none is known.
+    """
+    known = {name: checkpoint[name] for name in ("format", *Description.__annotations__)}  # type: ignore[literal-required]
+    described = json.dumps(known | {"temperature": temperature}, ensure_ascii=False)
+    content = save_tensors(averaged(dict(checkpoint)), {DESCRIPTION: described})
+    write_atomically(path, lambda file: file.write(content))
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of this tool.
 
@@ -99,11 +123,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ValueError: the file is missing, broken, no such checkpoint or one of another version.
     """
     checkpoint = read_file(path)
-    missing = OWN - checkpoint.keys()
+    missing = GOES_ON - checkpoint.keys()
     if missing:
         raise ValueError(
-            f"{path}: not a checkpoint of this tool: no {', '.join(sorted(missing))}; the weights "
-            "of another tool can be started from by train.load_from, not gone on with"
+            f"{path}: not a checkpoint of this tool: no {', '.join(sorted(missing))}; weights "
+            "alone can be started from by train.load_from, not gone on with"
         )
     check_format(checkpoint, path, "take its weights alone, by train.load_from")
     return cast("Checkpoint", checkpoint)

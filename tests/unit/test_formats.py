@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.data.files import read_ids
 from pipeline.data.formats import BlueMarble, Reader, Record
@@ -200,15 +200,51 @@ def test_32_bit_ids_out_of_range_are_refused(tmp_path: Path):
         read(tmp_path, Image.fromarray(ids), ".tif")
 
 
-def test_an_exif_rotation_turns_neither_image_nor_target(tmp_path: Path):
-    write(tmp_path, "train/a", photo(0), labels())
+@pytest.mark.parametrize("policy", ["apply", "ignore"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_turned_by_exif_as_viewers_do_unless_it_is_not_to(
+    orientation: int, policy: str, tmp_path: Path
+):
     exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
+    exif[0x0112] = orientation
     path = tmp_path / "images/train/a.png"
+    write(tmp_path, "train/a", photo(0), labels())
     Image.fromarray(photo(0)).save(path, exif=exif)
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    image = shown if policy == "apply" else photo(0)
+    Image.fromarray(labels(image.shape[:2])).save(tmp_path / "targets/train/a.png")
+    reader = data_params(tmp_path, exif=policy).reader()
+    read, ids = reader.read(reader.records()[0][0])
+    assert np.array_equal(read, image)
+    assert ids.shape == image.shape[:2]
+
+
+@pytest.mark.parametrize(
+    ("policy", "size", "drawn"),
+    [("apply", (12, 16), "stored"), ("ignore", (16, 12), "shown")],
+)
+def test_a_target_of_the_other_orientation_is_refused_with_the_remedy(
+    policy: str, size: tuple[int, int], drawn: str, tmp_path: Path
+):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image, _ = write(tmp_path, "train/a", photo(0), labels(size))
+    Image.fromarray(photo(0)).save(image, exif=exif)
+    reader = data_params(tmp_path, exif=policy).reader()
+    other = "ignore" if policy == "apply" else "apply"
+    message = f"drawn for the photograph as it is {drawn}, .* set data.exif: {other}"
+    with pytest.raises(ValueError, match=message):
+        reader.read(reader.records()[0][0])
+
+
+def test_a_target_that_viewers_turn_is_refused(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    _, target = write(tmp_path, "train/a", photo(0), labels())
+    Image.fromarray(labels()).save(target, exif=exif)
     reader = data_params(tmp_path).reader()
-    image, _ = reader.read(reader.records()[0][0])
-    assert image.shape == (12, 16, 3)
+    with pytest.raises(ValueError, match=r"targets/train/a\.png: its orientation tag turns it"):
+        reader.read(reader.records()[0][0])
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tif", ".webp"])

@@ -1,5 +1,6 @@
 """Whole images and windows, mirrored and resized, against plain loops."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,7 +12,13 @@ from torch.nn import functional as F
 
 from pipeline.data.store import Entry, Split
 from pipeline.data.transforms import resized
-from pipeline.evaluation.inference import Predictor, evaluate, evaluate_images, predictions
+from pipeline.evaluation.inference import (
+    Predictor,
+    View,
+    evaluate,
+    evaluate_images,
+    predictions,
+)
 from pipeline.evaluation.metrics import boundary_areas, confusion_matrix
 from pipeline.models import layers
 from pipeline.models.network import Network
@@ -58,13 +65,22 @@ def predictor(model: nn.Module, **changes: object) -> Predictor:
     return Predictor(model, normalize, **(given | changes))
 
 
+class AsIs(nn.Module):
+    """For images that are normalised already."""
+
+    mean = torch.zeros(3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.movedim(-1, 1)
+
+
 def slide(
     model: nn.Module, images: Tensor, crop: tuple[int, int], stride: tuple[int, int]
 ) -> Tensor:
     """The whole scores of normalised images, by a sliding window."""
-    height, width = images.shape[2:]
-    view = predictor(model, window=(crop, stride)).view(images)
-    return view.scores((height, width), slice(0, height))
+    sliding = replace(predictor(model, window=(crop, stride)), normalize=AsIs())
+    view = View(sliding, images.movedim(1, -1))
+    return view.scores(view.size, slice(0, view.size[0]))
 
 
 def whole_scores(predictor: Predictor, pictures: list[np.ndarray]) -> Tensor:

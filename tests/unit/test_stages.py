@@ -21,6 +21,7 @@ def workspace(folder: Path, changes: dict[str, object], images: dict[str, int]) 
         "classes": ["a"],
         "palette": [[0, 0, 0]],
         "ignore_index": 255,
+        "exif": "apply",
         "fold": None,
     }
     index |= {"content": "", "format": FORMAT, "pixels": [1], "frequency": [1.0], "shards": {}}
