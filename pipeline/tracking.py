@@ -40,11 +40,14 @@ HistoryEntry = dict[str, Any]
 Colours = Mapping[str, Sequence[int]]  # of each class, by its name
 
 EVALUATION_TAG = "evaluation"  # the fingerprint of the evaluation whose scores a run holds
+INTERVAL_TAG = "mean_iou.interval"  # the ends of the 95% interval of that evaluation's mean IoU
 PARENT_TAG = "mlflow.parentRunId"
 # Every training of a fingerprint has these metrics at the same steps, and saves its state before
 # it goes on from such a step; which others there are depends on tracking.log_interval.
 SCORES = ("val/", "val_final/", "test/")
 PICTURES = "images"  # the folder of artifacts that MLflow shows as a grid, by steps
+# What MLflow's pages of an experiment are made for: trainings, not language models.
+KIND = {"mlflow.experimentKind": "custom_model_development"}
 TABLES_TAG = "mlflow.loggedArtifacts"  # by which MLflow knows that a file is a table
 BATCH = 1000  # the most points that MLflow takes at once
 NAME_LENGTH = 250  # the longest name that MLflow takes
@@ -164,8 +167,11 @@ class Tracker:
         A row is one of the file, under its first line's names.
         """
 
-    def log_description(self, text: str) -> None:
-        """What the run's page says first, in Markdown."""
+    def log_result(self, score: float, tags: Mapping[str, str], text: str) -> None:
+        """Put an evaluation's score before the run's name, and `text`, Markdown, on its page.
+
+        MLflow's table of runs shows no metric until one asks for it.
+        """
 
     def finish(self, status: str) -> None:
         """Send what is left, and end the run with this status: FINISHED, FAILED or KILLED.
@@ -185,6 +191,7 @@ class MlflowTracker(Tracker):
         self, client: "MlflowClient", run: "Run", describe: Callable[[], None], training: bool
     ) -> None:
         self.run_id: str = run.info.run_id
+        self._name: str = run.info.run_name
         self._client = client
         self._descriptions: list[Callable[[], object]] = [describe]
         self._training = training
@@ -336,11 +343,17 @@ class MlflowTracker(Tracker):
         shown = {"path": f"{folder}/{path.stem}.json", "type": "table"}
         self._set_tag(TABLES_TAG, json.dumps([shown]))
 
-    def log_description(self, text: str) -> None:
-        self._set_tag("mlflow.note.content", text)
+    def log_result(self, score: float, tags: Mapping[str, str], text: str) -> None:
+        for name, value in {**tags, "mlflow.note.content": text}.items():
+            self._set_tag(name, value)
+        bare = re.sub(r"\A\d\.\d{4} ", "", self._name)
+        self._later(partial(self._client.update_run, self.run_id, name=f"{score:.4f} {bare}"))
 
     def _set_tag(self, name: str, value: str) -> None:
-        self._descriptions.append(partial(self._client.set_tag, self.run_id, name, value))
+        self._later(partial(self._client.set_tag, self.run_id, name, value))
+
+    def _later(self, describe: Callable[[], object]) -> None:
+        self._descriptions.append(describe)
         self._news.set()
 
     def log_artifacts(self, paths: Iterable[Path], folder: str) -> None:
@@ -491,13 +504,16 @@ def _evaluation_run(
 
 
 def curve_of(name: str) -> str | None:
-    """What a number of the history is called among MLflow's charts, which it must not crowd.
+    """What a number of the history is called in MLflow, whose page of charts it must not crowd.
 
-    Of the scores of single classes the IoU alone is there, apart from the others.
+    Of the scores of single classes the IoU alone is there, apart from the others; how fast the
+    training is stands beside the machine's load.
     """
     if name == "iteration":
         return None
     section, _, score = name.partition("/")
+    if section == "time":  # beside the machine's load, on a page of its own
+        return f"system/{score}"
     kind, dot, of = score.partition(".")
     if not dot:
         return name
@@ -619,7 +635,7 @@ def _experiment(client: "MlflowClient", params: TrackingParams) -> str:
         return str(found.experiment_id)
     local = client.tracking_uri.startswith("sqlite:")
     location = (main_checkout() / "mlartifacts").as_uri() if local else None
-    return str(client.create_experiment(params.experiment, location))
+    return str(client.create_experiment(params.experiment, location, KIND))
 
 
 def _find(client: "MlflowClient", run_id: str | None) -> "Run | None":

@@ -20,7 +20,7 @@ from pipeline.experiment import Params, load_params
 from pipeline.params import flatten, plain
 from pipeline.prediction.model import build_predictor, describe
 from pipeline.provenance import dvc_tags, git_tags, rebuild_commands
-from pipeline.tracking import open_evaluation_run
+from pipeline.tracking import INTERVAL_TAG, open_evaluation_run
 from pipeline.training.checkpoint import Checkpoint, load_checkpoint
 from pipeline.training.state import Identity, State, evaluation_code, evaluation_fingerprint
 from stages import keep_freed_memory, run_main
@@ -136,6 +136,17 @@ def predictor_of(
     )
 
 
+def tags_of_result(scores: dict[str, Any]) -> dict[str, str]:
+    """What stands beside the scores in MLflow, and needs no chart."""
+    tags = {}
+    low, high = scores["interval"]["mean_iou"].values()
+    if low is not None:
+        tags[INTERVAL_TAG] = f"{low:.4f} to {high:.4f}"
+    if "baseline" in scores:
+        tags["baseline.mean_iou"] = f"{scores['baseline']['mean_iou']:.4f}"
+    return tags
+
+
 def description(params: Params, store: Store, scores: dict[str, Any], tags: dict[str, str]) -> str:
     """What MLflow's page of the run says first, in Markdown."""
     split = params.evaluation.split
@@ -179,10 +190,11 @@ def record(
     # one step that is equal in all runs as bars.
     split = params.evaluation.split
     section = "val_final" if split == "val" else split
-    named = {f"{section}/{name}": score for name, score in headline(scores).items()}
+    named = {f"{section}/{name}": scores[name] for name in HEADLINE}
     tracker.log({"iteration": 0, **named})
     tracker.log_table(folder / "classes.tsv", "evaluation")
-    tracker.log_description(description(params, store, scores, tags))
+    result = tags_of_result(scores)
+    tracker.log_result(scores["mean_iou"], result, description(params, store, scores, tags))
     files = (
         *sorted(folder.glob("*.tsv")),
         folder / "scores.json",

@@ -7,7 +7,7 @@ from pipeline.experiment import load_params
 from pipeline.pages import score
 from pipeline.provenance import changing
 from pipeline.reproduction import commands, verify
-from pipeline.tracking import TrackedRun, find_runs
+from pipeline.tracking import INTERVAL_TAG, TrackedRun, find_runs
 from stages import run_main
 
 NAMED = 4  # differing parameters in a line
@@ -70,14 +70,13 @@ def print_table(runs: Sequence[TrackedRun]) -> None:
     """A line a run: score, interval, id, experiment, status, and parameters that differ."""
     names = changing([run.params for run in runs])
     lines = [("mean IoU", "95%", "run", "experiment", "status", "differs in")]
-    for run in sorted(runs, key=lambda run: -(scores_of(run)[0] or 0)):
-        mean, low, high = scores_of(run)
+    for run in sorted(runs, key=lambda run: -(score_of(run) or 0)):
         told = [f"{name}: {run.params.get(name, '-')}" for name in names]
         more = [f"{len(told) - NAMED} more"] if len(told) > NAMED else []
         lines.append(
             (
-                score(mean),
-                "-" if low is None else f"{score(low)} to {score(high)}",
+                score(score_of(run)),
+                run.tags.get(INTERVAL_TAG, "-"),
                 run.run_id[:8],
                 run.tags.get("dvc.exp_name", "-"),
                 run.status,
@@ -89,14 +88,10 @@ def print_table(runs: Sequence[TrackedRun]) -> None:
         print("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths)).rstrip())
 
 
-def scores_of(run: TrackedRun) -> tuple[float | None, float | None, float | None]:
-    """Mean IoU of a run's evaluation with the ends of its interval, as far as there are any."""
-    for section in SECTIONS:
-        if f"{section}/mean_iou" in run.metrics:
-            ends = ("", "_low", "_high")
-            mean, low, high = (run.metrics.get(f"{section}/mean_iou{end}") for end in ends)
-            return mean, low, high
-    return None, None, None
+def score_of(run: TrackedRun) -> float | None:
+    """Mean IoU of a run's evaluation, if there is one."""
+    found = (run.metrics.get(f"{section}/mean_iou") for section in SECTIONS)
+    return next((mean for mean in found if mean is not None), None)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`python -m stages.runs`: the table, and the proof that a run can be had again."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -26,6 +27,10 @@ def runs(project: Path, *arguments: str, check: bool = True) -> str:
     return run([sys.executable, "-m", "stages.runs", *arguments], project, check).stdout
 
 
+def fingerprint(project: Path) -> str:
+    return json.loads((project / "outputs/run.json").read_text())["fingerprint"]
+
+
 def ids(project: Path) -> dict[str, str]:
     """The id of the run of each learning rate."""
     asked = "SELECT value, run_uuid FROM params WHERE key = 'train.lr'"
@@ -45,7 +50,10 @@ def test_runs_are_listed_by_their_score_with_what_they_differ_in(project: Path):
     assert told["0.03"][3] == "faster"
     assert float(lines[0].split()[0]) >= float(lines[1].split()[0])
     names = {row[0] for row in query(project, "SELECT name FROM runs")}
-    assert "pspnet, lr 0.03 (faster)" in names
+    assert names == {
+        f"{own[0]} pspnet ({fingerprint(project)[:8]})",
+        f"{told['0.03'][0]} pspnet, lr 0.03 (faster)",
+    }
 
 
 def test_the_commands_give_the_same_result_in_an_empty_folder(project: Path, tmp_path: Path):
