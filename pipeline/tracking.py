@@ -628,13 +628,20 @@ def _store_uri(params: TrackingParams) -> str:
 
 def _experiment(client: "MlflowClient", params: TrackingParams) -> str:
     """The id of the experiment, created where the store lacks it."""
+    own = client.tracking_uri == f"sqlite:///{main_checkout() / 'mlflow.db'}"
+    location = (main_checkout() / "mlartifacts").as_uri() if own else None
     found = client.get_experiment_by_name(params.experiment)
     if found is not None:
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
+        if location and found.artifact_location != location:
+            log.warning(
+                "MLflow's experiment %s keeps its files in %s, where this repository was when it "
+                "was made; for new runs to keep them here, set tracking.experiment to another name",
+                params.experiment,
+                found.artifact_location,
+            )
         return str(found.experiment_id)
-    local = client.tracking_uri.startswith("sqlite:")
-    location = (main_checkout() / "mlartifacts").as_uri() if local else None
     return str(client.create_experiment(params.experiment, location, KIND))
 
 

@@ -27,6 +27,7 @@ from pipeline.tracking import (
     Tracker,
     TrackingParams,
     curve_of,
+    find_runs,
     metric_name,
     open_evaluation_run,
     open_training_run,
@@ -42,8 +43,7 @@ DATA = ("feet", "md5", "data/prepared")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its tables take MLflow seconds to create."""
     path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    files = (path.parent / "artifacts").as_uri()
-    MlflowClient(f"sqlite:///{path}").create_experiment("tests", files)
+    MlflowClient(f"sqlite:///{path}").create_experiment("tests")
     return path
 
 
@@ -60,6 +60,9 @@ def folder(
     monkeypatch.setattr(tracking, "RETRY", 0.1)
     caplog.set_level(logging.INFO, "instep")
     shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    with sqlite3.connect(tmp_path / "mlflow.db") as store:
+        place = (tmp_path / "mlartifacts").as_uri()
+        store.execute("UPDATE experiments SET artifact_location = ? WHERE name = 'tests'", [place])
     return tmp_path
 
 
@@ -162,6 +165,21 @@ def test_pictures_of_a_step_are_there_once_whatever_attempt_sent_them(folder: Pa
         [50, 50, 178],
         [50, 178, 50],
     ]
+
+
+def test_a_repository_that_was_moved_is_told_where_its_files_go(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = folder / "before"
+    before.mkdir()
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    for name, place in (("moved", before), ("here", folder)):
+        client.create_experiment(name, (place / "mlartifacts").as_uri())
+        params = TrackingParams(uri=None, experiment=name, log_interval=1)
+        assert find_runs(params) == []
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert f"MLflow's experiment moved keeps its files in {before.as_uri()}/mlartifacts" in told[0]
 
 
 def test_a_file_of_a_table_is_shown_as_one(folder: Path) -> None:
