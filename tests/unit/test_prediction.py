@@ -14,13 +14,14 @@ from torch import Tensor
 
 from pipeline import load_model
 from pipeline.data.store import Entry, Split
+from pipeline.evaluation.inference import spread
 from pipeline.evaluation.report import read_mask
 from pipeline.models.network import Network
 from pipeline.models.weights import classes_of, read_file, weights_of
 from pipeline.precision import PRECISIONS, Normalization
 from pipeline.prediction import model as prediction
 from pipeline.prediction.batch import find_photographs
-from pipeline.prediction.calibration import fit_temperature, spread
+from pipeline.prediction.calibration import fit_temperature
 from pipeline.prediction.model import Model, calibrated
 from pipeline.training.checkpoint import build_checkpoint, load_checkpoint, save, save_model
 from pipeline.training.state import result_params
