@@ -22,6 +22,7 @@ from pipeline.pages.charts import Chart, line_chart
 
 LONGEST = 640  # pixels of a picture's longer side: a page shows it no larger
 QUALITY = 95  # of a photograph as a JPEG file
+FEWEST = 20  # pixels of a bin: what fewer of them show is mostly chance
 PAIRS = 10  # of classes that are confused most
 FEW = 6  # classes, each with a curve of its own beside the others
 MANY = 12  # classes, from which a matrix or a chart for each would be unreadable
@@ -95,6 +96,7 @@ def report_page(evaluation: Evaluation) -> str:
         tables=tables,
         bins=BINS,
         temperature=evaluation.calibration["temperature"],
+        fewest=FEWEST,
         reliability=reliability_chart("All classes", tables),
         reliabilities=[reliability_chart(name, tables, label) for label, name in enumerate(classes)]
         if few
@@ -138,9 +140,13 @@ def reliability_chart(
     title: str, tables: Mapping[str, Reliability], label: int | None = None
 ) -> Chart | None:
     """How many are right of those that are so sure: of all pixels, or of those of a class."""
+    lines = {
+        name: [(x, y) for x, y, pixels in table.curve(label) if pixels >= FEWEST]
+        for name, table in tables.items()
+    }
     return line_chart(
         title,
-        {name: [(x, y) for x, y, _ in table.curve(label)] for name, table in tables.items()},
+        lines,
         x_label="confidence",
         y_label="share that is right",
         unit=True,
