@@ -12,7 +12,7 @@ from pipeline.evaluation.reliability import CALIBRATION
 from pipeline.evaluation.report import Masks
 from pipeline.pages.report import Evaluation, report_page
 from pipeline.params import flatten
-from pipeline.tracking import dvc_tags, git_tags
+from pipeline.tracking import git_tags
 from pipeline.yaml12 import read_yaml
 from stages import run_main
 
@@ -25,7 +25,7 @@ def main() -> None:
     calibration = read_json(work_dir / CALIBRATION)
     check_format(calibration, work_dir / CALIBRATION, "run `dvc repro -f evaluate`")
     per_image = PerImage.load((work_dir / PER_IMAGE).read_bytes(), work_dir / PER_IMAGE)
-    tags = git_tags() | dvc_tags()
+    tags = git_tags()
     evaluation = Evaluation(
         store,
         name,
@@ -64,7 +64,6 @@ def lineage(identity: dict[str, Any], store: Store, tags: dict[str, str]) -> dic
         "MLflow run": identity["run_id"],
         f"md5 of {PREPARED}, as in dvc.lock": store.md5,
         "identity of the data set": store.content,
-        "DVC experiment": tags.get("dvc.exp_name"),
         "git commit": tags.get("git.rev"),
     }
     if tags.get("git.dirty") == "true":
@@ -74,10 +73,8 @@ def lineage(identity: dict[str, Any], store: Store, tags: dict[str, str]) -> dic
 
 def commands(tags: dict[str, str]) -> list[str]:
     """What rebuilds the result."""
-    start = [f"git checkout {tags['git.rev']}"] if "git.rev" in tags else []
-    if "dvc.exp_name" in tags:
-        start = [f"dvc exp apply {tags['dvc.exp_name']}"]
-    return [*start, "make install", ". .venv/bin/activate", "dvc repro"]
+    checkout = [f"git checkout {tags['git.rev']}"] if "git.rev" in tags else []
+    return [*checkout, "make install", ". .venv/bin/activate", "dvc repro"]
 
 
 if __name__ == "__main__":

@@ -7,17 +7,25 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 NEEDED = {"chromium": "chromium", "chromedriver": "chromium-driver"}  # programs by Debian package
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-sync --hide-scrollbars"
-).split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-sync",
+    "--hide-scrollbars",
+]
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # what WebDriver calls an element in JSON
 KEYS = {"Right": "\ue014", "Left": "\ue012", "Home": "\ue011", "End": "\ue010", "Tab": "\ue004"}
+PATIENCE = 30  # seconds
 AXE = Path(__file__).parent / "axe" / "axe.min.js"
 
 
@@ -95,6 +103,13 @@ class Browser:
     def run(self, script: str, *arguments: object) -> Any:
         """What a function with this body returns; a promise is waited for."""
         return self._ask("POST", "/execute/sync", {"script": script, "args": arguments})
+
+    def wait(self, script: str) -> None:
+        """Until what a function with this body returns is true; an AssertionError after a while."""
+        end = time.monotonic() + PATIENCE
+        while not self.run(script):
+            assert time.monotonic() < end, f"not in {PATIENCE} seconds: {script}"
+            time.sleep(0.05)
 
     def press(self, selector: str, *keys: str) -> None:
         """Press keys, by name, on the first element of a selector."""
