@@ -160,7 +160,10 @@ def gallery(evaluation: Evaluation) -> dict[str, list[Shown]]:
     scores = mean_of(iou_of(evaluation.per_image.areas())).tolist()
     split = evaluation.store.split(evaluation.split)
     found: dict[str, list[Shown]] = {"worst": [], "median": [], "best": []}
-    for kind, index in choose(scores):
+    for name, index in choose(scores):
+        kind = name.split("-")[0]
+        if kind not in found:
+            continue
         image, target = split[index]
         layers = pictures(target, evaluation.mask(index), evaluation.store)
         photo = shrunk(image, LONGEST, cv2.INTER_AREA)
@@ -172,7 +175,7 @@ def gallery(evaluation: Evaluation) -> dict[str, list[Shown]]:
             photo=_photo(photo),
             layers=layers,
         )
-        found[kind.split("-")[0]].append(shown)
+        found[kind].append(shown)
     return found
 
 
