@@ -39,8 +39,13 @@ class Chart(NamedTuple):
 
     @property
     def frame(self) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of the field of lines, in a box of WIDTH and HEIGHT."""
+        """Left, top, right and bottom of the field of lines."""
         return LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM
+
+    @property
+    def box(self) -> str:
+        """What the SVG shows: all of WIDTH and HEIGHT."""
+        return f"0 0 {WIDTH} {HEIGHT}"
 
 
 def line_chart(
@@ -65,7 +70,7 @@ def line_chart(
     width = width or 1.0
     y_steps = _steps(height)
     x_steps = [step for step in _steps(width) if step <= width]
-    left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
+    left, top, right, bottom = LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def across(x: float) -> float:
         return round(left + (right - left) * x / width, 1)
