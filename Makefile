@@ -1,12 +1,13 @@
 # make repro: from a fresh clone to a trained, evaluated, tracked model. make test: the whole test suite.
 # make check: before a commit. make coverage: the whole suite, and what it reaches.
+# make plots: the plots of experiments, side by side. make ui: runs in MLflow.
 # make bench: beside MMSegmentation, see benchmarks/README.md.
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install repro check quick test coverage lint ui bench lock
+.PHONY: install repro check quick test coverage lint plots ui bench lock
 
 install: $(INSTALLED)
 
@@ -32,6 +33,11 @@ lint: $(INSTALLED)
 	ruff check
 	ruff format --check
 	mypy
+
+# One page without any network; make plots REVS="main blond-boff" names what is shown.
+REVS :=
+plots: $(INSTALLED)
+	dvc plots diff $(or $(REVS),workspace $$(dvc exp list --name-only))
 
 ui: $(INSTALLED)
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000

@@ -6,19 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline import distributed
-from pipeline.data.store import PREPARED, Store
-from pipeline.disk import check_format, write_json
+from pipeline.data.store import PREPARED, Array, Store
+from pipeline.disk import MODEL, check_format, write_json
 from pipeline.evaluation.baseline import colour_rule
 from pipeline.evaluation.inference import Predictor, evaluate_images
 from pipeline.evaluation.metrics import iou_of, mean_of, summarize
 from pipeline.evaluation.per_image import PER_IMAGE, Origin, PerImage
+from pipeline.evaluation.reliability import CALIBRATION, Reliability, calibration_of
 from pipeline.evaluation.report import Masks, choose, write_overlays, write_plots
 from pipeline.evaluation.uncertainty import intervals
 from pipeline.experiment import Params, load_params
+from pipeline.models.weights import read_file
 from pipeline.params import flatten, plain
-from pipeline.prediction.model import build_predictor, describe
+from pipeline.prediction.model import build_predictor, calibrated, describe
 from pipeline.provenance import dvc_tags, git_tags, rebuild_commands
 from pipeline.tracking import INTERVAL_TAG, open_evaluation_run
 from pipeline.training.checkpoint import Checkpoint, load_checkpoint
@@ -64,7 +67,16 @@ def run(params: Params, device: torch.device) -> None:
     if distributed.rank() == 0:
         masks.clear()
     distributed.barrier()
-    found = evaluate_images(predictor, split, num_classes, ignore_index, keep=masks.write)
+    sureness = Sureness(num_classes, work_dir / "checkpoints" / MODEL)
+    found = evaluate_images(
+        predictor,
+        split,
+        num_classes=num_classes,
+        ignore_index=ignore_index,
+        keep=masks.write,
+        look=sureness.add,
+    )
+    sureness.share(device)
     if distributed.rank() != 0:
         return
     names, groups = zip(*((entry.name, entry.group) for entry in split.entries), strict=True)
@@ -80,11 +92,37 @@ def run(params: Params, device: torch.device) -> None:
     per_image.save(work_dir / PER_IMAGE)
     write_json(folder / "scores.json", scores)
     write_json(METRICS, headline(scores))
+    told = calibration_of(sureness.tables, sureness.temperature, store.classes)
+    write_json(work_dir / CALIBRATION, told)
     write_plots(folder, scores, confusion, store)
     chosen = choose(mean_of(iou_of(areas)).tolist())
     write_overlays(folder / "overlays", masks, split=split, chosen=chosen, store=store)
     record(params, store, identity=identity, scores=scores, folder=folder)
     print(f"{params.evaluation.split}: {summary(scores)}")
+
+
+class Sureness:
+    """How sure the network is of its predictions, and how often it is right then.
+
+    `tables` has them `raw` and, where the exported model at `path` has a temperature, `calibrated`.
+    """
+
+    def __init__(self, num_classes: int, path: Path) -> None:
+        self.temperature = describe(read_file(path), path).temperature
+        names = ("raw", "calibrated") if self.temperature else ("raw",)
+        self.tables = {name: Reliability.empty(num_classes) for name in names}
+
+    def add(self, probabilities: Tensor, labels: Array) -> None:
+        """Count pixels by their probabilities (P,C) and labels (P,)."""
+        given = {"raw": probabilities, "calibrated": calibrated(probabilities, self.temperature)}
+        for name, table in self.tables.items():
+            table.add(given[name].cpu().numpy(), labels)
+
+    def share(self, device: torch.device) -> None:
+        """Add up what all processes have counted."""
+        for table in self.tables.values():
+            counts = torch.from_numpy(table.counts).to(device)
+            table.counts = distributed.sum_over_ranks(counts).cpu().numpy()
 
 
 def origin(params: Params, store: Store, checkpoint: Checkpoint, identity: Identity) -> Origin:
@@ -199,6 +237,7 @@ def record(
         *sorted(folder.glob("*.tsv")),
         folder / "scores.json",
         folder / PER_IMAGE.name,
+        folder / CALIBRATION.name,
         METRICS,
     )
     tracker.log_artifacts(files, "evaluation")

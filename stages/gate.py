@@ -1,4 +1,4 @@
-"""Stage 4: fail where the result is worse than a baseline's, beyond what other images explain."""
+"""Stage 5: fail where the result is worse than a baseline's, beyond what other images explain."""
 
 from pathlib import Path
 

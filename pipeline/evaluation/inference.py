@@ -1,23 +1,27 @@
 """Predictions of whole images: at once or by a sliding window, in one view or in several."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipeline import distributed
-from pipeline.data.store import Array, Split
+from pipeline.data.store import Array, Split, spread
 from pipeline.data.transforms import resized
 from pipeline.evaluation.metrics import ImageAreas, Matrix, confusion_matrix, image_areas
 from pipeline.models.layers import bands, resized_band, taps
 from pipeline.models.network import Network
 from pipeline.params import Above0, Positive, Section, Size
 from pipeline.precision import Normalization, Precision
+
+PIXELS = 4096  # of an image, at most, at which it is asked how sure a network is
+NOWHERE = np.zeros(0, np.intp)
 
 
 class EvaluationParams(Section):
@@ -140,8 +144,32 @@ class Predictor:
     @torch.no_grad()
     def predict(self, images: list[Array]) -> list[Array]:
         """Images (H,W,3) uint8 of one size -> their class ids (H,W) uint8, in eval mode."""
-        found = [scores.argmax(dim=1).to(torch.uint8) for scores in self.scores(images)]
-        return list(torch.cat(found, dim=1).cpu().numpy())
+        return self.predict_at(images, [NOWHERE] * len(images))[0]
+
+    @torch.no_grad()
+    def predict_at(
+        self, images: list[Array], pixels: Sequence[NDArray[np.intp]]
+    ) -> tuple[list[Array], list[Tensor]]:
+        """What `predict` gives, and the probabilities (P,C) at some pixels (P,) of each image.
+
+        A pixel is its place in the image, row by row; those of an image are in ascending order.
+        Both come from one pass of the network.
+        """
+        ids: list[Tensor] = []
+        chosen: list[list[Tensor]] = [[] for _ in images]
+        start, width = 0, images[0].shape[1]
+        for scores in self.scores(images):
+            ids.append(scores.argmax(dim=1).to(torch.uint8))
+            stop = start + scores.shape[2] * width
+            for parts, own, places in zip(chosen, scores, pixels, strict=True):
+                first, last = np.searchsorted(places, (start, stop))
+                inside = torch.from_numpy(places[first:last] - start).to(scores.device)
+                parts.append(own[:, inside // width, inside % width])
+            start = stop
+        found = [torch.cat(parts, dim=1) for parts in chosen]  # (C,P)
+        if self.views == 1:
+            found = [self.network.probabilities(one[None, :, None])[0, :, 0] for one in found]
+        return list(torch.cat(ids, dim=1).cpu().numpy()), [one.T for one in found]
 
     def probabilities(self, images: list[Array]) -> Iterator[Tensor]:
         """Bands of rows, (N,C,rows,W) from top to bottom, of which each goes before the next comes.
@@ -246,19 +274,34 @@ def evaluate_images(
     num_classes: int,
     ignore_index: int,
     keep: Callable[[int, Array], None],
+    look: Callable[[Tensor, Array], None],
 ) -> list[ImageAreas]:
     """What is found in each image of a split, by the same rules.
 
-    `keep` gets the index and the prediction (H,W) of each image on the rank that has measured it.
+    On the rank that has measured an image, `keep` gets its index and prediction (H,W), and `look`
+    the probabilities (P,C) and the labels (P,) of its labelled pixels, or of PIXELS of them.
     """
-    own = []
-    for index, target, prediction in predictions(predictor, split, _own(split)):
-        keep(index, prediction)
-        areas = image_areas(
-            index, target, prediction, num_classes=num_classes, ignore_index=ignore_index
-        )
-        own.append(areas)
-    return [one for part in distributed.gather_objects(own) for one in part]
+    predictor.network.eval()
+    found = []
+    for batch in _batches(split, _own(split), predictor.batch_size):
+        images, targets = zip(*(split[index] for index in batch), strict=True)
+        pixels = [_some(one, ignore_index) for one in targets]
+        predicted, probabilities = predictor.predict_at(list(images), pixels)
+        for index, target, prediction in zip(batch, targets, predicted, strict=True):
+            keep(index, prediction)
+            areas = image_areas(
+                index, target, prediction, num_classes=num_classes, ignore_index=ignore_index
+            )
+            found.append(areas)
+        for target, places, own in zip(targets, pixels, probabilities, strict=True):
+            look(own, target.ravel()[places])
+    return [one for part in distributed.gather_objects(found) for one in part]
+
+
+def _some(target: Array, ignore_index: int) -> NDArray[np.intp]:
+    """Where labelled pixels lie in a target, PIXELS of them or all."""
+    labelled = np.flatnonzero(target != ignore_index)
+    return labelled[spread(len(labelled), PIXELS)]
 
 
 def _own(split: Split) -> list[int]:

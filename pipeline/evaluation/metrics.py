@@ -88,6 +88,11 @@ def boundary_areas(target: Array, prediction: Array, num_classes: int, ignore_in
     return np.stack([intersect, own + found - intersect]).astype(np.int64)
 
 
+def boundary_width(shape: tuple[int, ...]) -> int:
+    """How far a boundary reaches into a mask (H,W), in pixels: 2% of the image's diagonal."""
+    return max(round(0.02 * math.hypot(*shape)), 1)
+
+
 def _boundary(labels: Array) -> NDArray[np.bool_]:
     """Where erosion takes a pixel (H,W) from the mask of its own class.
 
@@ -95,7 +100,7 @@ def _boundary(labels: Array) -> NDArray[np.bool_]:
     of the image for background. That is: where the square of d pixels around holds another class,
     or reaches over the edge.
     """
-    distance = max(round(0.02 * math.hypot(*labels.shape)), 1)
+    distance = boundary_width(labels.shape)
     square = np.ones((2 * distance + 1, 2 * distance + 1), np.uint8)
     boundary = np.ones(labels.shape, np.bool_)
     inner = np.s_[distance:-distance, distance:-distance]

@@ -1,4 +1,4 @@
-"""HTML files that need nothing beside them: no network, no script, no other file."""
+"""HTML files that need nothing beside them: no network, no other file."""
 
 import base64
 from pathlib import Path
@@ -22,12 +22,19 @@ def render(template: str, **content: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["score"] = score
+    environment.filters["percent"] = percent
+    environment.filters["number"] = "{:,}".format
     return environment.get_template(template).render(content)
 
 
 def score(value: float | None) -> str:
     """Four digits, or a dash for what is undefined."""
     return "-" if value is None or value != value else f"{value:.4f}"
+
+
+def percent(share: float | None) -> str:
+    """A share in per cent with two digits, or a dash for what is undefined."""
+    return "-" if share is None or share != share else f"{100 * share:.2f}%"
 
 
 def embedded(picture: Array) -> str:

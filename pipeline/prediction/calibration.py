@@ -1,19 +1,13 @@
 """How sure a network may be: the temperature that its probabilities are calibrated by."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.data.store import Array, Split, spread
-from pipeline.evaluation.inference import Predictor
+from pipeline.data.store import Split, spread
+from pipeline.evaluation.inference import PIXELS, Predictor
 
 IMAGES = 256  # at most, spread over the split
-PIXELS = 4096  # at most of each, spread over its labelled ones
 TEMPERATURES = (2.0 ** np.arange(-4, 4.01, 0.125)).tolist()
 
 
@@ -33,11 +27,13 @@ def fit_temperature(
         image, target = split[index]
         labelled = np.flatnonzero(target != ignore_index)
         labelled = labelled[spread(len(labelled), PIXELS)]
-        for logs, labels in _chosen(predictor, image, target, labelled):
-            losses += torch.stack(
-                [F.cross_entropy(logs / t, labels, reduction="sum").double() for t in TEMPERATURES]
-            ).cpu()
-            count += len(labels)
+        _, (probabilities,) = predictor.predict_at([image], [labelled])
+        logs = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
+        labels = torch.from_numpy(target.ravel()[labelled].astype(np.int64)).to(logs.device)
+        losses += torch.stack(
+            [F.cross_entropy(logs / t, labels, reduction="sum").double() for t in TEMPERATURES]
+        ).cpu()
+        count += len(labels)
     if not count:
         return None
     means = (losses / count).tolist()
@@ -47,22 +43,6 @@ def fit_temperature(
         means[TEMPERATURES.index(1.0)],
         means[best],
     )
-
-
-def _chosen(
-    predictor: Predictor, image: Array, target: Array, pixels: NDArray[Any]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logarithms of the probabilities (P,C) and labels (P,) of some pixels, in parts."""
-    width, top = target.shape[1], 0
-    for band in predictor.probabilities([image]):
-        stop = top + band.shape[2]
-        inside = pixels[(pixels >= top * width) & (pixels < stop * width)]
-        places = torch.from_numpy(inside - top * width).to(band.device)
-        logs = band[0].flatten(1)[:, places].T
-        logs = logs.clamp(min=torch.finfo(logs.dtype).tiny).log()
-        labels = torch.from_numpy(target.ravel()[inside].astype(np.int64)).to(band.device)
-        yield logs, labels
-        top = stop
 
 
 def _lowest(means: list[float], best: int) -> float:

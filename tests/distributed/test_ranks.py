@@ -170,9 +170,9 @@ def test_ranks_share_an_evaluation_exactly(project: Path, model: str) -> None:
         set_params(project, shares | views | {"evaluation.batch_size": 1})
         run([sys.executable, "-m", "stages.evaluate"], project, OMP_NUM_THREADS="1")
         folder = project / "outputs/evaluation"
-        files = [folder / "confusion.tsv", folder / "per_image.npz"]
+        files = [folder / name for name in ("confusion.tsv", "per_image.npz", "calibration.json")]
         files += sorted((folder / "predictions").rglob("*.png"))
-        assert len(files) == 2 + 7
+        assert len(files) == 3 + 7
         seen.append((list(map(file_md5, files)), metrics(project)))
     assert seen[0] == seen[1] == seen[2]
     assert "mean_boundary_iou" in seen[0][1]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data.store import Entry, Split
+from pipeline.data.store import Entry, Split, spread
 from pipeline.data.transforms import resized
+from pipeline.evaluation import inference
 from pipeline.evaluation.inference import (
     Predictor,
     View,
@@ -346,8 +347,15 @@ def test_an_evaluation_sums_every_image_once(split: Split):
 
 
 def test_an_evaluation_finds_the_areas_of_each_image(split: Split):
-    model, kept = Stub(), {}
-    found = evaluate_images(predictor(model, batch_size=2), split, 4, 255, keep=kept.__setitem__)
+    model, kept, seen = Stub(), {}, []
+    found = evaluate_images(
+        predictor(model, batch_size=2),
+        split,
+        num_classes=4,
+        ignore_index=255,
+        keep=kept.__setitem__,
+        look=lambda *given: seen.append(given),
+    )
     assert [areas.image for areas in found] == list(range(7)) == sorted(kept)
     for index, cells, pixels, boundary in found:
         target = split[index][1]
@@ -358,6 +366,34 @@ def test_an_evaluation_finds_the_areas_of_each_image(split: Split):
         assert pixels.all()
         assert np.array_equal(confusion.reshape(4, 4), confusion_matrix(target, alone, 4, 255))
         assert np.array_equal(boundary, boundary_areas(target, alone, 4, 255))
+        probabilities, labels = seen[index]
+        assert np.array_equal(labels, target[target != 255])
+        assert np.array_equal(probabilities.argmax(dim=1).numpy(), alone[target != 255])
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 0.5)])
+def test_it_is_asked_at_some_pixels_of_each_image_how_sure_a_network_is(
+    split: Split, monkeypatch: pytest.MonkeyPatch, scales: tuple[float, ...]
+):
+    monkeypatch.setattr(inference, "PIXELS", 20)
+    monkeypatch.setattr(layers, "BAND", 30)  # several bands an image
+    model, seen = Stub(), []
+    evaluate_images(
+        predictor(model, scales=scales),
+        split,
+        num_classes=4,
+        ignore_index=255,
+        keep=lambda *_: None,
+        look=lambda *given: seen.append(given),
+    )
+    assert [len(labels) for _, labels in seen] == [20] * 7
+    for index, (probabilities, labels) in enumerate(seen):
+        picture, target = split[index]
+        whole = torch.cat(list(predictor(model, scales=scales).probabilities([picture])), dim=2)[0]
+        labelled = np.flatnonzero(target != 255)
+        places = labelled[spread(len(labelled), 20)]
+        assert np.array_equal(labels, target.ravel()[places])
+        assert torch.allclose(probabilities, whole.flatten(1)[:, places].T)
 
 
 def test_bf16_computes_in_bf16_and_fp32_in_fp32():
