@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipeline import distributed
-from pipeline.data.store import Array, Split
+from pipeline.data.store import Array, Split, spread
 from pipeline.data.transforms import resized
 from pipeline.evaluation.metrics import ImageAreas, Matrix, confusion_matrix, image_areas
 from pipeline.models.layers import bands, resized_band, taps
@@ -285,7 +285,8 @@ def evaluate_images(
     found = []
     for batch in _batches(split, _own(split), predictor.batch_size):
         images, targets = zip(*(split[index] for index in batch), strict=True)
-        pixels = [spread(np.flatnonzero(one != ignore_index), PIXELS) for one in targets]
+        labelled = [np.flatnonzero(target != ignore_index) for target in targets]
+        pixels = [places[spread(len(places), PIXELS)] for places in labelled]
         predicted, probabilities = predictor.predict_at(list(images), pixels)
         for index, target, prediction in zip(batch, targets, predicted, strict=True):
             keep(index, prediction)
@@ -296,13 +297,6 @@ def evaluate_images(
         for target, places, own in zip(targets, pixels, probabilities, strict=True):
             look(own, target.ravel()[places])
     return [one for part in distributed.gather_objects(found) for one in part]
-
-
-def spread(given: NDArray[Any], count: int) -> NDArray[Any]:
-    """So many of them, or all if there are fewer, at equal distances."""
-    if len(given) <= count:
-        return given
-    return given[np.arange(count) * len(given) // count]
 
 
 def _own(split: Split) -> list[int]:

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from pipeline.data.store import Split
-from pipeline.evaluation.inference import PIXELS, Predictor, spread
+from pipeline.data.store import Split, spread
+from pipeline.evaluation.inference import PIXELS, Predictor
 
 IMAGES = 256  # at most, spread over the split
 TEMPERATURES = (2.0 ** np.arange(-4, 4.01, 0.125)).tolist()
@@ -23,9 +23,10 @@ def fit_temperature(
     predictor.network.eval()
     losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
     count = 0
-    for index in spread(np.arange(len(split)), IMAGES).tolist():
+    for index in spread(len(split), IMAGES).tolist():
         image, target = split[index]
-        labelled = spread(np.flatnonzero(target != ignore_index), PIXELS)
+        labelled = np.flatnonzero(target != ignore_index)
+        labelled = labelled[spread(len(labelled), PIXELS)]
         _, (probabilities,) = predictor.predict_at([image], [labelled])
         logs = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
         labels = torch.from_numpy(target.ravel()[labelled].astype(np.int64)).to(logs.device)

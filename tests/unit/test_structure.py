@@ -16,10 +16,10 @@ FILES = {
 }
 STAGES = read_yaml(REPOSITORY / "dvc.yaml")["stages"]
 # What people run, and no stage: in stages/ for `python -m stages.recipe`.
-COMMANDS = {"compare", "predict", "recipe"}
+COMMANDS = {"compare", "predict", "recipe", "runs"}
 # They change no result: they import, tell of it, time it, refuse parameters before it, or end it.
 REPORTING = {"pipeline", "pipeline.tracking", "pipeline.training.speed", "pipeline.experiment"}
-REPORTING |= {"stages"}
+REPORTING |= {"pipeline.provenance", "stages"}
 LOWER = ("params", "yaml12", "disk", "precision", "distributed", "evaluation.metrics")
 # Their values change no result; the first is where DVC finds the outputs.
 NEUTRAL = {"train.work_dir", "train.workers", "train.checkpoint.interval"}
