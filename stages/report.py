@@ -12,7 +12,7 @@ from pipeline.evaluation.reliability import CALIBRATION
 from pipeline.evaluation.report import Masks
 from pipeline.pages.report import Evaluation, report_page
 from pipeline.params import flatten
-from pipeline.provenance import git_tags
+from pipeline.provenance import git_tags, rebuild_commands
 from pipeline.yaml12 import read_yaml
 from stages import run_main
 
@@ -38,7 +38,7 @@ def main() -> None:
         mask=Masks(work_dir, store.split(name), store.palette).read,
         params=flatten({"data": given["data"], **per_image.origin["params"]}),
         lineage=lineage(read_json(work_dir / "run.json"), store, tags),
-        commands=commands(tags),
+        commands=rebuild_commands(tags),
     )
     path = work_dir / "report.html"
     path.write_text(report_page(evaluation), encoding="utf-8")
@@ -69,12 +69,6 @@ def lineage(identity: dict[str, Any], store: Store, tags: dict[str, str]) -> dic
     if tags.get("git.dirty") == "true":
         found["changed since that commit"] = "tracked files; the md5 of the code are in dvc.lock"
     return {name: value for name, value in found.items() if value}
-
-
-def commands(tags: dict[str, str]) -> list[str]:
-    """What rebuilds the result."""
-    checkout = [f"git checkout {tags['git.rev']}"] if "git.rev" in tags else []
-    return [*checkout, "make install", ". .venv/bin/activate", "dvc repro"]
 
 
 if __name__ == "__main__":

@@ -285,7 +285,8 @@ def evaluate_images(
     found = []
     for batch in _batches(split, _own(split), predictor.batch_size):
         images, targets = zip(*(split[index] for index in batch), strict=True)
-        pixels = [_some(one, ignore_index) for one in targets]
+        labelled = [np.flatnonzero(target != ignore_index) for target in targets]
+        pixels = [places[spread(len(places), PIXELS)] for places in labelled]
         predicted, probabilities = predictor.predict_at(list(images), pixels)
         for index, target, prediction in zip(batch, targets, predicted, strict=True):
             keep(index, prediction)
@@ -296,12 +297,6 @@ def evaluate_images(
         for target, places, own in zip(targets, pixels, probabilities, strict=True):
             look(own, target.ravel()[places])
     return [one for part in distributed.gather_objects(found) for one in part]
-
-
-def _some(target: Array, ignore_index: int) -> NDArray[np.intp]:
-    """Where labelled pixels lie in a target, PIXELS of them or all."""
-    labelled = np.flatnonzero(target != ignore_index)
-    return labelled[spread(len(labelled), PIXELS)]
 
 
 def _own(split: Split) -> list[int]:
