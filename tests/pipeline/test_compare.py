@@ -1,5 +1,6 @@
 """Experiments compared: seeds gathered, the sentence, the page with its pictures, the gate."""
 
+import csv
 import re
 import sys
 from pathlib import Path
@@ -57,6 +58,28 @@ def test_seeds_are_gathered_and_the_better_training_is_named(project: Path) -> N
     answer = f"{good} beats {bad} by {number} mean IoU on 12 images and 2 seeds: shown"
     assert re.search(answer, said), said
     assert re.search(r"\nfoot .* shown\n", said), said
+
+
+def test_a_wrong_label_is_found(project: Path) -> None:
+    path = project / "data/feet/targets/test/foot 05.png"
+    before = path.read_bytes()
+    target = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    target[(target == 1) & (np.arange(target.shape[1]) > target.shape[1] // 2)] = 2
+    assert cv2.imwrite(str(path), target)
+    dvc(project, "repro", "prepare")
+    said = run([sys.executable, "-m", "stages.labels", "--shown", "3"], project).stdout
+    assert re.match(r"0\.\d{4}  test/foot 05\n", said)
+    with (project / "labels.csv").open(newline="") as file:
+        first, *others = csv.DictReader(file)
+    assert len(others) == 11
+    assert (first["image"], first["label"], first["looks like"]) == ("test/foot 05", "arch", "foot")
+    assert int(first["pixels"]) > 50
+    assert int(first["left"]) >= target.shape[1] // 2 - 1
+    page = (project / "labels.html").read_text(encoding="utf-8")
+    assert page.count("<figure>") == 3
+    assert page.index("1. test/foot 05") < page.index("2. test/foot")
+    path.write_bytes(before)
+    dvc(project, "repro", "prepare")
 
 
 def test_the_page_shows_the_images_that_differ_most(project: Path) -> None:

@@ -16,7 +16,7 @@ FILES = {
 }
 STAGES = read_yaml(REPOSITORY / "dvc.yaml")["stages"]
 # What people run, and no stage: in stages/ for `python -m stages.recipe`.
-COMMANDS = {"compare", "predict", "recipe", "runs"}
+COMMANDS = {"compare", "labels", "predict", "recipe", "runs"}
 # They change no result: they import, tell of it, time it, refuse parameters before it, or end it.
 REPORTING = {"pipeline", "pipeline.tracking", "pipeline.training.speed", "pipeline.experiment"}
 REPORTING |= {"pipeline.provenance", "stages"}
