@@ -108,13 +108,13 @@ def _log(
     import mlflow
     import pandas as pd
     from mlflow.models import Model, ModelSignature
-    from mlflow.types import ColSpec, Schema
+    from mlflow.types import ColSpec, Schema, TensorSpec
     from mlflow.types.schema import Map
 
     mlflow.set_tracking_uri(client.tracking_uri)
     mlflow.set_experiment(experiment_id=run.experiment_id)
     given = pd.DataFrame({"image": [base64.b64encode(png(example)).decode("ascii")]})
-    answered = [
+    answered: list[ColSpec | TensorSpec] = [
         ColSpec("string", "mask"),
         ColSpec("long", "height"),
         ColSpec("long", "width"),

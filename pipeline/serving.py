@@ -25,7 +25,7 @@ import onnxruntime
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -37,12 +37,13 @@ METADATA = "instep"
 ORIENTATION = 274
 TRANSPOSED = 5
 FLIPPED = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}
+LARGEST = 4096 * 4096  # pixels that the network may see at once, as `load_model` has it
 TIFF = (b"II*\0", b"MM\0*")  # what such a file begins with
 
 Array = NDArray[np.uint8]
 
 
-class SegmentationModel(PythonModel):  # type: ignore[misc] # MLflow's class has no types
+class SegmentationModel(PythonModel):
     """An exported network, with what its metadata says of it."""
 
     def load_context(self, context: Any) -> None:
@@ -72,7 +73,17 @@ class SegmentationModel(PythonModel):  # type: ignore[misc] # MLflow's class has
     def answer(self, given: object, row: int) -> dict[str, Any]:
         """What a row is answered by."""
         stored, orientation = decoded(given, row)
-        ids = self.classes(stored, orientation if self.about["exif"] == "apply" else 1)
+        orientation = orientation if self.about["exif"] == "apply" else 1
+        shown = upright(stored, orientation)
+        seen = fitted(shown.shape[:2], self.about["scale"])
+        if seen[0] * seen[1] > LARGEST:
+            raise refused(
+                f"image {row} has {seen[0]} x {seen[1]} pixels, and the network sees it whole: at "
+                f"most {LARGEST} are answered; cut it, or use `python -m stages.predict`"
+            )
+        ids: Array = np.empty(stored.shape[:2], np.uint8)
+        turned = upright(ids, orientation)
+        turned[:] = self.classes(np.ascontiguousarray(shown), seen)  # a view: this turns it back
         names = self.about["classes"]
         counts = np.bincount(ids.ravel(), minlength=len(names)).tolist()
         return {
@@ -82,20 +93,16 @@ class SegmentationModel(PythonModel):  # type: ignore[misc] # MLflow's class has
             "areas": dict(zip(names, counts, strict=True)),
         }
 
-    def classes(self, stored: Array, orientation: int) -> Array:
-        """The classes (H,W) of a stored photograph (H,W,3), as it is stored."""
-        image = np.ascontiguousarray(upright(stored, orientation))
-        shape, scale = image.shape[:2], self.about["scale"]
+    def classes(self, image: Array, seen: tuple[int, int]) -> Array:
+        """The classes (H,W) of an image (H,W,3), which the network sees at another size."""
         feeds: dict[str, Any] = {"image": image[None]}
-        if scale is not None:
-            height, width = fitted(shape, scale)
-            if (height, width) != shape:
-                feeds["image"] = np.asarray(cv2.resize(image, (width, height)))[None]
-            feeds["size"] = np.array(shape, np.int64)
+        if seen != image.shape[:2]:
+            feeds["image"] = np.asarray(cv2.resize(image, seen[::-1]), np.uint8)[None]
+        if self.about["scale"] is not None:
+            feeds["size"] = np.array(image.shape[:2], np.int64)
         (found,) = self.session.run(["classes"], feeds)
-        ids = np.empty(stored.shape[:2], np.uint8)
-        upright(ids, orientation)[:] = found[0]  # a view, which turns back what is written
-        return ids
+        classes: Array = found[0]
+        return classes
 
 
 def refused(reason: str) -> MlflowException:
@@ -116,13 +123,16 @@ def decoded(given: object, row: int) -> tuple[Array, int]:
     except (binascii.Error, ValueError) as error:
         raise refused(f"image {row} is not base64: {error}") from None
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    image, kinds, found = None, (), ()
-    with suppress(cv2.error):
+    try:
         image, kinds, found = cv2.imdecodeWithMetadata(
             np.frombuffer(content, np.uint8), flags=flags
         )
-    if image is None:  # how OpenCV says that a file is empty, truncated or no image
-        raise refused(f"image {row} can't be read: it must be a file such as JPEG or PNG, in base64")
+    except cv2.error:
+        image = None
+    if image is None:  # how OpenCV says that a file is truncated or no image
+        raise refused(
+            f"image {row} can't be read: it must be a file such as JPEG or PNG, in base64"
+        )
     exif = Image.Exif()
     for kind, part in zip(kinds, found, strict=True):
         if kind == cv2.IMAGE_METADATA_EXIF:
@@ -131,9 +141,12 @@ def decoded(given: object, row: int) -> tuple[Array, int]:
     if content.startswith(TIFF):  # OpenCV turns it, whatever it is told
         with Image.open(io.BytesIO(content)) as file:
             if getattr(file, "tag_v2", {}).get(ORIENTATION, 1) in range(2, 9):
-                raise refused(f"image {row}: the orientation tag of a TIFF turns it; save it upright")
+                raise refused(
+                    f"image {row}: the orientation tag of a TIFF turns it; save it upright"
+                )
     orientation = exif.get(ORIENTATION)
-    return np.asarray(image, np.uint8), orientation if orientation in range(1, 9) else 1
+    turned = int(orientation) if orientation in range(1, 9) else 1  # type: ignore[arg-type]
+    return np.asarray(image, np.uint8), turned
 
 
 def upright(stored: Array, orientation: int) -> Array:
@@ -142,8 +155,10 @@ def upright(stored: Array, orientation: int) -> Array:
     return np.flip(turned, FLIPPED.get(orientation, ()))
 
 
-def fitted(shape: tuple[int, ...], scale: tuple[int, int]) -> tuple[int, int]:
+def fitted(shape: tuple[int, ...], scale: tuple[int, int] | None) -> tuple[int, int]:
     """Height and width that fit into `scale`, its long and its short side; the aspect is kept."""
+    if scale is None:
+        return shape[0], shape[1]
     factor = min(max(scale) / max(shape), min(scale) / min(shape))
     height, width = (max(int(side * factor + 0.5), 1) for side in shape)
     return height, width

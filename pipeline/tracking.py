@@ -1,4 +1,4 @@
-"""All that is said to MLflow of runs; `registry.py` speaks of models. No failure of its store ends a training or an evaluation.
+"""All that MLflow is told of runs. No failure of its store ends a training or an evaluation.
 
 A thread tells the store what a stage logs, so that no step waits for it; what the store refuses is
 told again until the stage has ended and waited for a while. MLflow can neither replace nor delete a
@@ -525,6 +525,7 @@ def _experiment(client: "MlflowClient", params: TrackingParams) -> str:
 
 
 def find_run(client: "MlflowClient", run_id: str | None) -> "Run | None":
+    """A run by its id; None where the store lacks it, or has it as deleted."""
     from mlflow.exceptions import MlflowException
 
     if run_id is None:

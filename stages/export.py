@@ -80,7 +80,7 @@ def run(params: Params, store: Store) -> None:
 def scores_of(
     measured: dict[str, Measured], files: dict[str, Path], interval: dict[str, float | None]
 ) -> dict[str, Any]:
-    """What metrics.json holds: the file's scores, how it differs from torch, and what int8 costs."""
+    """What metrics.json holds: the file's scores, its difference from torch, the cost of int8."""
     onnx, int8 = measured["onnx"], measured["int8"]
     return {
         "mean_iou": onnx.mean_iou,
@@ -102,7 +102,8 @@ def summary(scores: dict[str, Any]) -> str:
     int8 = scores["int8"]
     return (
         f"the ONNX file has a mean IoU of {scores['mean_iou']:.4f}, torch of "
-        f"{scores['torch_mean_iou']:.4f}, and {scores['differing_share']:.2g} of the pixels differ; "
+        f"{scores['torch_mean_iou']:.4f}, and {scores['differing_share']:.2g} of the pixels "
+        f"differ; "
         f"int8 has {int8['mean_iou']:.4f} in {int8['bytes'] / scores['bytes']:.0%} of the size"
     )
 

@@ -228,7 +228,7 @@ class EoMT(Network):
             chances = resized_band(near, old, (height, width), band)[..., : size[1]].sigmoid()
             with torch.autocast(masks.device.type, enabled=False):
                 found = chances.permute(0, 2, 3, 1).flatten(1, 2) @ shares  # (N, rows x W, C)
-            scores.append(found.unflatten(1, (-1, size[1])))
+            scores.append(found.view(found.shape[0], -1, size[1], found.shape[2]))
         return torch.cat(scores, dim=1).permute(0, 3, 1, 2)
 
     def probabilities(self, scores: Tensor) -> Tensor:

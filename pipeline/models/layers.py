@@ -56,7 +56,8 @@ class JoiningConv(ConvModule):
     ) -> Tensor:
         """Maps (N,K,h,w), in the order of the weight's channels -> (N,C,H,W), with `size` (H,W)."""
         if torch.compiler.is_exporting():
-            exported: Tensor = super().forward(torch.cat([resize(x, size) for x in maps], dim=1))
+            whole = torch.cat([resize(x, size) for x in maps], dim=1)
+            exported: Tensor = self.relu(self.bn(self.conv(whole)))
             return exported
         weight = self.conv.weight.permute(0, 2, 3, 1)  # as it lies in memory, and so its gradient
         weights = torch.split(weight, [x.shape[1] for x in maps], dim=3)
@@ -208,7 +209,9 @@ def average_pools(x: Tensor, bins: Sequence[int]) -> list[Tensor]:
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
     pooled = weights.expand(x.shape[0], -1, -1).bmm(pixels) * rest
     squares = torch.split(pooled, [one**2 for one in bins], dim=1)
-    shaped = (part.reshape(x.shape[0], one, one, -1) for one, part in zip(bins, squares, strict=True))
+    shaped = (
+        part.reshape(x.shape[0], one, one, -1) for one, part in zip(bins, squares, strict=True)
+    )
     return [part.permute(0, 3, 1, 2) for part in shaped]
 
 

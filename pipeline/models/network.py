@@ -70,7 +70,7 @@ class Network(nn.Module, ABC):
         """
 
     def settle(self) -> None:
-        """Take for constant what evaluation would ask of buffers: an export is to trace the network.
+        """Take for constant what evaluation would ask of buffers, before an export traces it.
 
         A network whose evaluation depends on the content of a buffer overrides this.
         """

@@ -175,16 +175,14 @@ def _resampling(old: int, new: int, dtype: torch.dtype, device: torch.device) ->
         return resized[0, :, 0].T.contiguous().to(device, dtype)
 
 
-def _resampling_of_symbols(
-    old: int, new: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _resampling_of_symbols(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The same by arithmetic, for torch.export, to which the sizes are symbols.
 
     Keys' cubic convolution with a = -1/2, stretched where the new places are fewer.
     Source: doi:10.1109/TASSP.1981.1163711, and torch's UpSampleKernel.cpp
     """
     step = old / new
-    reach = torch.sym_max(step, 1.0)
+    reach: Any = torch.sym_max(step, 1.0)
     centres = (torch.arange(new, dtype=torch.float64) + 0.5) * step - 0.5
     x = ((torch.arange(old) - centres[:, None]) / reach).abs()
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2

@@ -140,13 +140,15 @@ def export_onnx(predictor: Predictor, about: dict[str, Any], head: str, path: Pa
                 dynamo=True,
                 input_names=list(inputs),
                 output_names=["classes"],
+                dynamic_shapes=shapes,  # their names alone: of a traced program they are known
                 verbose=False,
             )
         except Exception as error:  # of torch.export there are dozens of kinds
-            reason = next(filter(None, map(str.strip, str(error).splitlines())), "")
+            lines = filter(None, map(str.strip, str(error).splitlines()))
+            reason = f"{type(error).__name__}: {next(lines, '')}"
             raise ValueError(
-                f"model.head.name {head} can't be exported to ONNX: its Python code must not depend "
-                f"on an image's size, and torch.export says: {type(error).__name__}: {reason}; "
+                f"model.head.name {head} can't be exported to ONNX: its Python code must not "
+                f"depend on an image's size, and torch.export says: {reason}; "
                 "predict with the checkpoint instead (python -m stages.predict), or train a head "
                 "that exports: docs/serving.md lists them"
             ) from error
@@ -236,7 +238,7 @@ def feeds(images: Sequence[Array], scale: Sequence[int] | None) -> dict[str, Any
 
 
 def open_session(path: Path) -> "InferenceSession":
-    """onnxruntime on the CPU, with as many threads as torch has."""
+    """Onnxruntime on the CPU, with as many threads as torch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
