@@ -26,8 +26,8 @@ SIZES = ((1, 40, 56), (1, 33, 47), (3, 65, 97), (1, 64, 64), (1, 150, 203))
 TIES = 1e-4
 # What makes different pixels different, where weights are random.
 LOUDER = ("conv_seg.weight", "class_head.weight", "q.weight", "mask_head.4.weight")
-# Each takes several seconds, most of them torch's. TensorFlow's padding; pooling to squares, and maps
-# joined; learned positions, queries and bands. The stage compares any other with torch, too.
+# Each takes seconds, most of them torch's. They have TensorFlow's padding; pooling to squares and
+# joined maps; learned positions, queries and bands. The stage compares any other with torch, too.
 NETWORKS = {
     "unet": "efficientnet_lite0",
     "pspnet": "resnet18",
