@@ -221,7 +221,12 @@ class EoMT(Network):
         exact = torch.promote_types(masks.dtype, torch.float32)
         shares = classes.to(exact).softmax(dim=2)[..., :-1]
         old = masks.shape[2]
-        height, width = (STRIDE * side for side in masks.shape[2:])
+        if torch.compiler.is_exporting():  # no number of its own may come of the symbols
+            height, width = (STRIDE * side for side in masks.shape[2:])
+        else:
+            height, width = (
+                round(side / share) for side, share in zip(size, outputs.extent, strict=True)
+            )
         scores = []
         for band in bands(rows, masks[:, :, 0, 0].numel() * width):  # there may be more queries
             near = masks[:, :, taps(old, height, band)].to(exact)
