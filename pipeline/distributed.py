@@ -5,6 +5,7 @@ Every helper is right with one process and no process group, on gloo and on nccl
 
 import ctypes
 import os
+import platform
 import signal
 import sys
 import warnings
@@ -164,6 +165,26 @@ def described(device: torch.device) -> str:
     if processes == 1:
         return f"1 process on {what}, with {threads} CPU thread{plural}"
     return f"{processes} processes on {what}, each with {threads} CPU thread{plural}"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """On what, and by what, a result is computed: where all of it is equal, so is every bit."""
+    what = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {
+        "device": what,
+        "processes": world_size(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

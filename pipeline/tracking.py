@@ -5,26 +5,31 @@ told again until the stage has ended and waited for a while. MLflow can neither 
 point, so a point that a run holds already is not sent a second time.
 """
 
+import csv
 import hashlib
+import json
 import logging
 import os
 import queue
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from pipeline.data.store import Array
+from pipeline.evaluation.report import panel
 from pipeline.params import Positive, Section, main_checkout
+from pipeline.provenance import DVC_TAGS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,13 +37,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("instep")
 HistoryEntry = dict[str, Any]
+Colours = Mapping[str, Sequence[int]]  # of each class, by its name
 
-DVC_TAGS = {"dvc.exp_name": "DVC_EXP_NAME", "dvc.baseline_rev": "DVC_EXP_BASELINE_REV"}
 EVALUATION_TAG = "evaluation"  # the fingerprint of the evaluation whose scores a run holds
+INTERVAL_TAG = "mean_iou.interval"  # the ends of the 95% interval of that evaluation's mean IoU
 PARENT_TAG = "mlflow.parentRunId"
 # Every training of a fingerprint has these metrics at the same steps, and saves its state before
 # it goes on from such a step; which others there are depends on tracking.log_interval.
-SCORES = ("val/", "evaluation/")
+SCORES = ("val/", "val_final/", "test/")
+PICTURES = "images"  # the folder of artifacts that MLflow shows as a grid, by steps
+# What MLflow's pages of an experiment are made for: trainings, not language models.
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+TABLES_TAG = "mlflow.loggedArtifacts"  # by which MLflow knows that a file is a table
 BATCH = 1000  # the most points that MLflow takes at once
 NAME_LENGTH = 250  # the longest name that MLflow takes
 
@@ -61,28 +71,73 @@ class TrackingParams(Section):
     registered_model: str | None = Field(min_length=1, default=None)
 
 
+@dataclass(frozen=True)
+class TrackedRun:
+    """What MLflow holds of a run: parameters as text, of each metric the last value."""
+
+    run_id: str
+    name: str
+    status: str
+    params: dict[str, str]
+    tags: dict[str, str]
+    metrics: dict[str, float]
+
+
+def find_runs(params: TrackingParams) -> list[TrackedRun]:
+    """All runs of the experiment, the newest first.
+
+    Raises:
+        ValueError: the store can't be read.
+    """
+    with _asked(params, "its runs") as (client, experiment):
+        found: list[Run] = []
+        token: str | None = None
+        while token != "":
+            page = client.search_runs([experiment], max_results=BATCH, page_token=token)
+            found += page
+            token = page.token or ""
+    return [
+        TrackedRun(
+            one.info.run_id,
+            one.info.run_name,
+            one.info.status,
+            params=one.data.params,
+            tags=one.data.tags,
+            metrics=one.data.metrics,
+        )
+        for one in found
+    ]
+
+
 def artifact_of(params: TrackingParams, name: str, path: Path) -> bytes | None:
     """A file of a run's artifacts, by the run's id or its name; None where there is none.
 
     Raises:
         ValueError: several runs have this name, or the store can't be read.
     """
-    try:
-        with brief_requests():
-            client, experiment = connect(params)
-            quote = "'" if '"' in name else '"'
-            named = f"attributes.run_name = {quote}{name}{quote}"
-            run = find_run(client, name) if re.fullmatch("[0-9a-f]{32}", name) else None
-            runs = [run] if run else client.search_runs([experiment], named)
+    with _asked(params, name) as (client, experiment):
+        quote = "'" if '"' in name else '"'
+        named = f"attributes.run_name = {quote}{name}{quote}"
+        run = find_run(client, name) if re.fullmatch("[0-9a-f]{32}", name) else None
+        runs = [run] if run else client.search_runs([experiment], named)
         held = {one.info.run_id: _artifact(client, one.info.run_id, path) for one in runs}
-    except Exception as error:
-        raise ValueError(f"MLflow can't be asked for {name}: {one_line(error)}") from None
     found = {one: content for one, content in held.items() if content is not None}
     if len(found) > 1:
         raise ValueError(
             f"{len(found)} MLflow runs are called {name}; name one by its id: {', '.join(found)}"
         )
     return next(iter(found.values()), None)
+
+
+@contextmanager
+def _asked(params: TrackingParams, what: str) -> "Iterator[tuple[MlflowClient, str]]":
+    """A client and the experiment's id, to ask for something; what fails is a ValueError."""
+    try:
+        with brief_requests():
+            connected = connect(params)
+        yield connected
+    except Exception as error:
+        raise ValueError(f"MLflow can't be asked for {what}: {one_line(error)}") from None
 
 
 def _artifact(client: "MlflowClient", run_id: str, path: Path) -> bytes | None:
@@ -101,8 +156,23 @@ class Tracker:
     def log(self, entry: HistoryEntry) -> None:
         """Send {"iteration": step, <metric>: value, ...} soon; values of None are left out."""
 
+    def log_picture(self, step: int, name: str, layers: Sequence[Array], colours: Colours) -> None:
+        """Send an image (H,W,3), its target and its prediction (H,W) as one picture of a step."""
+
     def log_artifacts(self, paths: Iterable[Path], folder: str) -> None:
         """Copy files, and the content of folders, into a folder of the run's artifacts."""
+
+    def log_table(self, path: Path, folder: str) -> None:
+        """Copy a file of tab-separated values into a folder, as JSON that MLflow shows as a table.
+
+        A row is one of the file, under its first line's names.
+        """
+
+    def log_result(self, score: float, tags: Mapping[str, str], text: str) -> None:
+        """Put an evaluation's score before the run's name, and `text`, Markdown, on its page.
+
+        MLflow's table of runs shows no metric until one asks for it.
+        """
 
     def finish(self, status: str) -> None:
         """Send what is left, and end the run with this status: FINISHED, FAILED or KILLED.
@@ -122,13 +192,16 @@ class MlflowTracker(Tracker):
         self, client: "MlflowClient", run: "Run", describe: Callable[[], None], training: bool
     ) -> None:
         self.run_id: str = run.info.run_id
+        self._name: str = run.info.run_name
         self._client = client
-        self._describe: Callable[[], None] | None = describe
+        self._descriptions: list[Callable[[], object]] = [describe]
         self._training = training
         # Of each metric the last step that the run holds; all its steps, where that is too little.
         self._last = {point.key: int(point.step) for point in run.data.to_proto().metrics}
         self._steps: dict[str, set[int]] = {}
         self._waiting: list[Metric] = []  # what the store has not taken yet
+        self._undrawn: list[tuple[int, str, Callable[[], Array]]] = []
+        self._drawn: set[tuple[str, int]] | None = None  # names and steps of the run's pictures
         self._lost_files = 0
         self._trouble, self._file_trouble = "", ""  # why the store has refused something
         self._status: str | None = None  # which is to be told, and the one that has been
@@ -147,9 +220,9 @@ class MlflowTracker(Tracker):
 
         now = int(time.time() * 1000)
         points = [
-            Metric(metric_name(name), float(value), now, entry["iteration"])
+            Metric(metric_name(curve), float(value), now, entry["iteration"])
             for name, value in entry.items()
-            if name != "iteration" and value is not None
+            if (curve := curve_of(name)) and value is not None
         ]
         if self._deadline is None:  # else a signal has ended the run already
             self._waiting += points
@@ -175,7 +248,8 @@ class MlflowTracker(Tracker):
     def _tell(self) -> None:
         """Try to tell the store each thing that it lacks."""
         problem = None
-        for tell in (self._tell_description, self._tell_points, self._tell_end):
+        told = (self._tell_description, self._tell_points, self._tell_pictures, self._tell_end)
+        for tell in told:
             try:
                 tell()
             except Exception as error:  # a broken store must not end a training
@@ -187,9 +261,9 @@ class MlflowTracker(Tracker):
         self._trouble = one_line(problem) if problem else ""
 
     def _tell_description(self) -> None:
-        if self._describe is not None:
-            self._describe()
-            self._describe = None
+        while self._descriptions:
+            self._descriptions[0]()
+            del self._descriptions[0]
 
     def _tell_points(self) -> None:
         """Send points in the order in which they were logged: a kill leaves the first of them.
@@ -203,6 +277,20 @@ class MlflowTracker(Tracker):
                 self._last[point.key] = max(point.step, self._last.get(point.key, point.step))
                 self._steps.get(point.key, set()).add(point.step)
             del self._waiting[:count]
+
+    def _tell_pictures(self) -> None:
+        """Send pictures, those that the run lacks: an earlier attempt may have sent some."""
+        while self._undrawn:
+            step, name, draw = self._undrawn[0]
+            if self._drawn is None:
+                held = self._client.list_artifacts(self.run_id, PICTURES)
+                # How MLflow calls them: images/NAME+step+STEP+timestamp+...
+                parts = [Path(file.path).name.split("+") for file in held]
+                self._drawn = {(one[0], int(one[2])) for one in parts if len(one) > 2}
+            if (name, step) not in self._drawn:
+                self._client.log_image(self.run_id, draw(), key=name, step=step)
+                self._drawn.add((name, step))
+            del self._undrawn[0]
 
     def _is_new(self, point: "Metric") -> bool:
         """Whether the run lacks this point, by as few requests as possible.
@@ -230,11 +318,44 @@ class MlflowTracker(Tracker):
     def _missing(self) -> list[str]:
         """What the store has not taken and may still take, in words."""
         missing = [f"{len(self._waiting)} points"] if self._waiting else []
-        if self._describe is not None:
+        missing += [f"{len(self._undrawn)} pictures"] if self._undrawn else []
+        if self._descriptions:
             missing.append("its parameters and tags")
         if self._training and self._status != self._told:
             missing.append("its end")
         return missing
+
+    def log_picture(self, step: int, name: str, layers: Sequence[Array], colours: Colours) -> None:
+        if self._deadline is None:
+            key = re.sub(r"[^a-zA-Z0-9_\-. ]", "_", name)[-100:]  # what MLflow takes
+            image, target, prediction = layers
+            drawing = partial(panel, image, target, prediction, colours)
+            self._undrawn.append((step, key, drawing))
+            self._news.set()
+
+    def log_table(self, path: Path, folder: str) -> None:
+        with path.open(newline="", encoding="utf-8") as file:
+            columns, *rows = csv.reader(file, delimiter="\t")
+        content = {"columns": columns, "data": [[_number(cell) for cell in row] for row in rows]}
+        with tempfile.TemporaryDirectory() as made:
+            table = Path(made) / f"{path.stem}.json"
+            table.write_text(json.dumps(content), encoding="utf-8")
+            self.log_artifacts([table], folder)
+        shown = {"path": f"{folder}/{path.stem}.json", "type": "table"}
+        self._set_tag(TABLES_TAG, json.dumps([shown]))
+
+    def log_result(self, score: float, tags: Mapping[str, str], text: str) -> None:
+        for name, value in {**tags, "mlflow.note.content": text}.items():
+            self._set_tag(name, value)
+        bare = re.sub(r"\A\d\.\d{4} ", "", self._name)
+        self._later(partial(self._client.update_run, self.run_id, name=f"{score:.4f} {bare}"))
+
+    def _set_tag(self, name: str, value: str) -> None:
+        self._later(partial(self._client.set_tag, self.run_id, name, value))
+
+    def _later(self, describe: Callable[[], object]) -> None:
+        self._descriptions.append(describe)
+        self._news.set()
 
     def log_artifacts(self, paths: Iterable[Path], folder: str) -> None:
         for path in paths:
@@ -383,6 +504,23 @@ def _evaluation_run(
     return run
 
 
+def curve_of(name: str) -> str | None:
+    """What a number of the history is called in MLflow, whose page of charts it must not crowd.
+
+    Of the scores of single classes the IoU alone is there, apart from the others; how fast the
+    training is stands beside the machine's load.
+    """
+    if name == "iteration":
+        return None
+    section, _, score = name.partition("/")
+    if section == "time":  # beside the machine's load, on a page of its own
+        return f"system/{score}"
+    kind, dot, of = score.partition(".")
+    if not dot:
+        return name
+    return f"{section}/{kind}/{of}" if kind == "iou" else None
+
+
 def metric_name(name: str) -> str:
     """The name as MLflow takes it: another for every other name, and most of them unchanged.
 
@@ -398,44 +536,20 @@ def metric_name(name: str) -> str:
     return valid
 
 
-def git_tags() -> dict[str, str]:
-    """The commit a stage runs on, and whether tracked files differ from it.
-
-    params.yaml and what DVC writes do not count: they are tracked by the run itself.
-    """
-    status = _git("status", "--porcelain", "--untracked-files=no")
-    revision = _git("rev-parse", "HEAD")
-    if status is None or revision is None:
-        return {}
-    own = {"params.yaml", "dvc.lock", "metrics.json"}
-    changed = {line[3:] for line in status.splitlines()} - own
-    revision = revision.strip()
-    return {
-        "git.rev": revision,
-        "git.dirty": str(bool(changed)).lower(),
-        "mlflow.source.git.commit": revision,
-    }
-
-
-def dvc_tags() -> dict[str, str]:
-    """Which DVC experiment a stage runs for; empty in a plain `dvc repro`."""
-    return {tag: os.environ[name] for tag, name in DVC_TAGS.items() if os.environ.get(name)}
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout
-
-
 def _untracked(error: Exception) -> Tracker:
     """The tracker of a stage for which there is no store; says so."""
     missing = isinstance(error, ImportError) and error.name == "mlflow"
     reason = "MLflow is not installed" if missing else f"MLflow can't be used: {one_line(error)}"
     log.warning("this run is tracked nowhere, %s", reason)
     return Tracker()
+
+
+def _number(cell: str) -> str | float | None:
+    """What a table's cell holds: a number, nothing, or text."""
+    try:
+        return float(cell) if cell else None
+    except ValueError:
+        return cell
 
 
 def one_line(error: Exception) -> str:
@@ -490,6 +604,7 @@ def connect(params: TrackingParams) -> "tuple[MlflowClient, str]":
 
 def _open_store(params: TrackingParams) -> "tuple[MlflowClient, str]":
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it reports its use to its makers
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from filelock import FileLock
     from mlflow import MlflowClient
 
@@ -514,14 +629,21 @@ def _store_uri(params: TrackingParams) -> str:
 
 def _experiment(client: "MlflowClient", params: TrackingParams) -> str:
     """The id of the experiment, created where the store lacks it."""
+    own = client.tracking_uri == f"sqlite:///{main_checkout() / 'mlflow.db'}"
+    location = (main_checkout() / "mlartifacts").as_uri() if own else None
     found = client.get_experiment_by_name(params.experiment)
     if found is not None:
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
+        if location and found.artifact_location != location:
+            log.warning(
+                "MLflow's experiment %s keeps its files in %s, where this repository was when it "
+                "was made; for new runs to keep them here, set tracking.experiment to another name",
+                params.experiment,
+                found.artifact_location,
+            )
         return str(found.experiment_id)
-    local = client.tracking_uri.startswith("sqlite:")
-    location = (main_checkout() / "mlartifacts").as_uri() if local else None
-    return str(client.create_experiment(params.experiment, location))
+    return str(client.create_experiment(params.experiment, location, KIND))
 
 
 def find_run(client: "MlflowClient", run_id: str | None) -> "Run | None":

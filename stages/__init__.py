@@ -4,9 +4,6 @@ What torch is to do on the CPU it reads from the environment, once, when it is i
 there already is left. A thread of OpenMP that has nothing to do sleeps: by default it spins for a
 while, and beside another busy process that makes a training up to ten times slower. Memory comes in
 huge pages, where the system has some (Linux): a batch is then made with a tenth of the page faults.
-
-glibc's malloc gives large blocks back to the system as soon as they are freed, and a training step
-then asks for all of its activations anew, page by page: here they stay with the process.
 """
 
 import ctypes
@@ -20,9 +17,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-if sys.platform == "linux" and hasattr(C := ctypes.CDLL(None), "mallopt"):
-    C.mallopt(M_MMAP_MAX, 0)
-    C.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep what is freed (Linux).
+
+    It gives large blocks back to the system at once, and a training step would then ask for all of
+    its activations anew, page by page.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -19,10 +19,11 @@ from pipeline.evaluation.uncertainty import intervals
 from pipeline.experiment import Params, load_params
 from pipeline.params import flatten, plain
 from pipeline.prediction.model import build_predictor, describe
-from pipeline.tracking import dvc_tags, git_tags, open_evaluation_run
+from pipeline.provenance import dvc_tags, git_tags, rebuild_commands
+from pipeline.tracking import INTERVAL_TAG, open_evaluation_run
 from pipeline.training.checkpoint import Checkpoint, load_checkpoint
 from pipeline.training.state import Identity, State, evaluation_code, evaluation_fingerprint
-from stages import run_main
+from stages import keep_freed_memory, run_main
 
 METRICS = Path("metrics.json")
 # Of `evaluation`, what a result follows from that the training knows nothing of.
@@ -33,6 +34,7 @@ HEADLINE = ("mean_iou", "pixel_accuracy", "mean_dice", "mean_boundary_iou")
 def main() -> None:
     """Check the parameters, then evaluate here or hand over to torchrun."""
     distributed.die_with_parent()
+    keep_freed_memory()
     params = load_params()
     Store(PREPARED).require_measured(params.evaluation.split)
     device = params.train.device
@@ -134,6 +136,29 @@ def predictor_of(
     )
 
 
+def tags_of_result(scores: dict[str, Any]) -> dict[str, str]:
+    """What stands beside the scores in MLflow, and needs no chart."""
+    tags = {}
+    low, high = scores["interval"]["mean_iou"].values()
+    if low is not None:
+        tags[INTERVAL_TAG] = f"{low:.4f} to {high:.4f}"
+    if "baseline" in scores:
+        tags["baseline.mean_iou"] = f"{scores['baseline']['mean_iou']:.4f}"
+    return tags
+
+
+def description(params: Params, store: Store, scores: dict[str, Any], tags: dict[str, str]) -> str:
+    """What MLflow's page of the run says first, in Markdown."""
+    split = params.evaluation.split
+    commands = "\n".join(f"    {line}" for line in rebuild_commands(tags))
+    return (
+        f"**{split}: {summary(scores)}**, on {len(store.split(split))} {split} images of "
+        f"{store.name}\n\n"
+        f"{params.model.head.name} on {params.model.backbone.name}, trained on "
+        f"{len(store.split('train'))} images\n\nThe same result again, in a clone:\n\n{commands}"
+    )
+
+
 def record(
     params: Params,
     store: Store,
@@ -161,10 +186,15 @@ def record(
         tags=tags,
         dataset=(store.name, store.md5, str(PREPARED)),
     )
-    # Not under the split's name: val/ holds the training's validation, at one scale, unflipped.
-    # At step 0 always: MLflow draws one step that is equal in all runs as bars.
-    named = {f"evaluation/{name}": score for name, score in flatten(scores).items()}
+    # val/ holds the training's validations, at one scale, unflipped. At step 0 always: MLflow draws
+    # one step that is equal in all runs as bars.
+    split = params.evaluation.split
+    section = "val_final" if split == "val" else split
+    named = {f"{section}/{name}": scores[name] for name in HEADLINE}
     tracker.log({"iteration": 0, **named})
+    tracker.log_table(folder / "classes.tsv", "evaluation")
+    result = tags_of_result(scores)
+    tracker.log_result(scores["mean_iou"], result, description(params, store, scores, tags))
     files = (
         *sorted(folder.glob("*.tsv")),
         folder / "scores.json",

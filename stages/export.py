@@ -21,8 +21,8 @@ from pipeline.prediction.export import (
     quantize,
 )
 from pipeline.prediction.parity import Measured, check, measure
+from pipeline.provenance import dvc_tags, git_tags
 from pipeline.registry import log_version
-from pipeline.tracking import dvc_tags, git_tags
 from stages import run_main
 
 

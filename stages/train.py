@@ -1,9 +1,12 @@
 """Stage 2: the prepared data set -> a trained model, on one process or, by torchrun, on more."""
 
+import argparse
 import logging
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ from pipeline.models.weights import averaged
 from pipeline.params import flatten, plain
 from pipeline.precision import PRECISIONS, Normalization
 from pipeline.prediction.calibration import fit_temperature
-from pipeline.tracking import Tracker, dvc_tags, git_tags, open_training_run, tracked
+from pipeline.provenance import PARAMS, changed_params, dvc_tags, git_tags, run_name
+from pipeline.tracking import Tracker, open_training_run, tracked
 from pipeline.training.checkpoint import (
     Best,
     Checkpoint,
@@ -44,14 +48,24 @@ from pipeline.training.state import (
     train_fingerprint,
     training_code,
 )
-from stages import run_main
+from stages import keep_freed_memory, run_main
 
 log = logging.getLogger("instep")
 
 
 def main() -> None:
     """Check the parameters, then train here or hand over to torchrun."""
+    parser = argparse.ArgumentParser(prog="python -m stages.train", description=__doc__)
+    parser.add_argument(
+        "--until",
+        type=int,
+        metavar="K",
+        help="only train the first K iterations, and print the md5 of the weights after 1, 10, ... "
+        "and K of them: nothing is tracked, and no output written",
+    )
+    until: int | None = parser.parse_args().until
     distributed.die_with_parent()
+    keep_freed_memory()
     params = load_params()
     store = Store(PREPARED)
     if params.train.validation:
@@ -59,12 +73,12 @@ def main() -> None:
     store.require_measured(params.evaluation.split)  # before the training, not after it
     start_files(params.train)
     distributed.check_devices(params.train.device, params.train.gpus)
-    if not distributed.hand_over("stages.train", params.train.gpus):
+    if not distributed.hand_over("stages.train", params.train.gpus, sys.argv[1:]):
         with distributed.process_group(params.train.device) as device:
-            run(params, device)
+            run(params, device, until)
 
 
-def run(params: Params, device: torch.device) -> None:
+def run(params: Params, device: torch.device, until: int | None) -> None:
     """Train from where this very training was left, or else from what the parameters name."""
     options, first = params.train, distributed.rank() == 0
     store = Store(PREPARED)
@@ -84,7 +98,8 @@ def run(params: Params, device: torch.device) -> None:
         distributed.seed_everything(options.seed, options.deterministic)
         checkpoint, progress = starting_point(params, state)
         learner = build(params, store, checkpoint, device)
-        tracker = open_run(params, store, state, progress) if first else Tracker()
+        proper = first and until is None
+        tracker = open_run(params, store, state, progress) if proper else Tracker()
         rare = options.rare_class_temperature
         # Lines that are logged appear above the progress bar.
         above = logging_redirect_tqdm([log]) if sys.stderr.isatty() else nullcontext()
@@ -112,11 +127,17 @@ def run(params: Params, device: torch.device) -> None:
                 writer=writer,
                 description=describe(params, store),
                 track=tracker.log,
+                show=partial(tracker.log_picture, colours=colours_of(store)),
+                until=options.total if until is None else until,
             )
-            if first:
+            if first and until is not None:
+                for iteration, md5 in progress.hashes.items():
+                    print(f"weights after {iteration} iterations: {md5}")
+            if proper:
                 state.write_outputs(Path(options.work_dir))
                 write_model(params, store, learner)
-                record_outputs(params, state, tracker, code)
+                machine = distributed.machine(device)
+                record_outputs(params, state, tracker, code=code, machine=machine)
 
 
 def result_of(params: Params) -> dict[str, Any]:
@@ -157,7 +178,11 @@ def starting_point(params: Params, state: State) -> tuple[Checkpoint | None, Pro
         saved = state.load()
         checkpoint = saved["checkpoint"]
         progress = Progress(
-            checkpoint["iteration"], checkpoint["best"], saved["history"], saved["means"]
+            checkpoint["iteration"],
+            checkpoint["best"],
+            history=saved["history"],
+            means=saved["means"],
+            hashes=saved["hashes"],
         )
     elif options.resume_from:
         path, *best = start_files(options)
@@ -255,12 +280,14 @@ def open_run(params: Params, store: Store, state: State, progress: Progress) -> 
         "fingerprint": state.fingerprint,
         "data.md5": store.md5,
         "world_size": str(world_size),
-        "mlflow.note.content": f"{params.model.head.name} on {store.name}, {world_size} processes",
+        "mlflow.note.content": f"{params.model.head.name} on {params.model.backbone.name}, trained "
+        f"on {len(store.split('train'))} images of {store.name}; not evaluated yet",
         **git_tags(),
         **dvc_tags(),
     }
-    name = tags.get("dvc.exp_name", f"{params.model.head.name}-{state.fingerprint[:8]}")
     sections = plain(params)
+    own = tags.get("dvc.exp_name", state.fingerprint[:8])
+    name = run_name(params.model.head.name, changed_params(sections), own)
     parameters = {part: sections[part] for part in ("data", "augmentation", "model", "train")}
     if progress.iteration == params.train.total:
         del tags["world_size"]  # of the processes that trained it, which these are not
@@ -315,15 +342,28 @@ def predictor_of(params: Params, learner: Learner) -> Predictor:
     )
 
 
-def record_outputs(params: Params, state: State, tracker: Tracker, code: str) -> None:
-    """Write the run's identity; MLflow gets the log, and the model unless it is not to."""
+def colours_of(store: Store) -> dict[str, Sequence[int]]:
+    """The colour of each class."""
+    return dict(zip(store.classes, store.palette, strict=True))
+
+
+def record_outputs(
+    params: Params, state: State, tracker: Tracker, *, code: str, machine: dict[str, Any]
+) -> None:
+    """Write the run's identity; MLflow gets it with the log, params.yaml and mostly the model."""
     work_dir = Path(params.train.work_dir)
-    run_id = tracker.run_id or state.run_id  # which an attempt may have opened before this one
-    identity = Identity(format=FORMAT, run_id=run_id, fingerprint=state.fingerprint, code=code)
+    identity = Identity(
+        format=FORMAT,
+        run_id=tracker.run_id or state.run_id,  # an attempt may have opened it before this one
+        fingerprint=state.fingerprint,
+        code=code,
+        weights=state.load()["hashes"],
+        machine=machine,
+    )
     write_json(work_dir / "run.json", identity)
     if params.tracking.log_model:
         tracker.log_artifacts([work_dir / "checkpoints" / MODEL], "checkpoints")
-    tracker.log_artifacts([work_dir / "train.log"], "")
+    tracker.log_artifacts([work_dir / "train.log", work_dir / "run.json", Path(PARAMS)], "")
 
 
 if __name__ == "__main__":

@@ -137,6 +137,11 @@ class Store:
         return hashlib.md5(json.dumps(listed).encode()).hexdigest() + ".dir"
 
 
+def spread(total: int, count: int) -> NDArray[np.intp]:
+    """So many places among a total, or all if there are fewer, at equal distances."""
+    return np.arange(min(total, count)) * total // min(total, count) if total else np.arange(0)
+
+
 def write_index(folder: Path, index: Index) -> None:
     """Write index.json."""
     text = json.dumps(index, ensure_ascii=False, separators=(",", ":"))

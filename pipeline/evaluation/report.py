@@ -4,18 +4,20 @@ import csv
 import io
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.data.store import Array, Split, Store
-from pipeline.evaluation.metrics import Matrix
+from pipeline.data.store import Array, Split, Store, spread
+from pipeline.evaluation.metrics import Matrix, confusion_matrix
 
 PICTURES = 3  # of each kind
+PANEL = 640  # pixels of the longer side of each of a picture's three parts
+SIZE = 12  # pixels of the letters below it
 OPACITY = 0.5
 PREDICTIONS = Path("evaluation/predictions")  # below work_dir
 
@@ -78,7 +80,11 @@ def write_plots(folder: Path, scores: dict[str, Any], confusion: Matrix, store: 
 
 
 def choose(scores: Sequence[float]) -> list[tuple[str, int]]:
-    """Names and indices of the best, median and worst images by their scores, each image once."""
+    """Names and indices of images to look at.
+
+    `panel` are the same images in every evaluation of a split, spread over it; `worst`, `median`
+    and `best` are so by their scores, each image once.
+    """
     defined = np.count_nonzero(~np.isnan(scores))
     ranked = np.argsort(scores, kind="stable")[:defined].tolist()  # nan is sorted to the end
     count = min(PICTURES, len(ranked) // 3) or min(1, len(ranked))
@@ -92,23 +98,65 @@ def choose(scores: Sequence[float]) -> list[tuple[str, int]]:
     for kind, indices in kinds.items():
         for number, index in enumerate(indices, start=1):
             names.setdefault(index, f"{kind}-{number}")
-    return [(name, index) for index, name in names.items()]
+    fixed = spread(len(scores), PICTURES).tolist()
+    panel = [(f"panel-{number}", index) for number, index in enumerate(fixed, start=1)]
+    return panel + [(name, index) for index, name in names.items()]
 
 
 def write_overlays(
     folder: Path, masks: Masks, *, split: Split, chosen: list[tuple[str, int]], store: Store
 ) -> None:
-    """One PNG for each chosen image: the image, with its target over it, with the prediction."""
+    """One PNG for each chosen image, as `panel` draws it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    colours = dict(zip(store.classes, store.palette, strict=True))
     for name, index in chosen:
         image, target = split[index]
-        maps = (target, masks.read(index))
-        panels = [image, *(blend(image, labels, store.palette) for labels in maps)]
-        gap = np.full((image.shape[0], 4, 3), 255, np.uint8)
-        picture = np.hstack([panels[0], gap, panels[1], gap, panels[2]])
+        picture = panel(image, target, masks.read(index), colours)
         stem = re.sub(r"[^\w\-]+", "_", split.entries[index].name)[-60:]  # names have a limit
         (folder / f"{name}_{stem}.png").write_bytes(png(picture))
+
+
+def panel(
+    image: Array, target: Array, prediction: Array, colours: Mapping[str, Sequence[int]]
+) -> Array:
+    """Side by side the image, with its target over it, and with the prediction; below, a legend.
+
+    The legend names the classes that either shows, with the image's IoU of each.
+    """
+    palette = [*colours.values()]
+    layers = [image, *(blend(image, labels, palette) for labels in (target, prediction))]
+    layers = [shrunk(layer, PANEL, cv2.INTER_AREA) for layer in layers]
+    gap = np.full((layers[0].shape[0], 4, 3), 255, np.uint8)
+    picture = np.hstack([layers[0], gap, layers[1], gap, layers[2]])
+    classes = len(palette)
+    confusion = confusion_matrix(target, prediction, classes, classes)
+    union = confusion.sum(axis=0) + confusion.sum(axis=1) - np.diag(confusion)
+    shown = np.argsort(-union, kind="stable")[: np.count_nonzero(union)].tolist()
+    told = [
+        (f"{name} {confusion[place, place] / union[place]:.3f}", palette[place])
+        for place, name in ((place, [*colours][place]) for place in shown)
+    ]
+    return np.vstack([picture, _legend(told, picture.shape[1])])
+
+
+def _legend(told: Sequence[tuple[str, Sequence[int]]], width: int) -> Array:
+    """Texts behind squares of their colours, line by line, (h,width,3)."""
+    font = ImageFont.load_default(SIZE)
+    line, left, places = 0, SIZE // 2, []
+    for text, colour in told:
+        length = round(font.getlength(text)) + 2 * SIZE
+        if left + length > width and left > SIZE // 2:
+            line, left = line + 1, SIZE // 2
+        places.append((line, left, text, colour))
+        left += length + SIZE // 2
+    sheet = Image.new("RGB", (width, (line + 1) * 2 * SIZE), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for line, left, text, colour in places:
+        top = line * 2 * SIZE + SIZE // 2
+        draw.rectangle((left, top, left + SIZE, top + SIZE), tuple(colour), (120, 120, 120))
+        draw.text((left + SIZE + SIZE // 2, top + SIZE // 2), text, (0, 0, 0), font, "lm")
+    return np.asarray(sheet)
 
 
 def shrunk(picture: Array, longest: int, interpolation: int) -> Array:

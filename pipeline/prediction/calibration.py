@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.data.store import Array, Split
+from pipeline.data.store import Array, Split, spread
 from pipeline.evaluation.inference import Predictor
 
 IMAGES = 256  # at most, spread over the split
@@ -29,9 +29,10 @@ def fit_temperature(
     predictor.network.eval()
     losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
     count = 0
-    for index in spread(np.arange(len(split)), IMAGES).tolist():
+    for index in spread(len(split), IMAGES).tolist():
         image, target = split[index]
-        labelled = spread(np.flatnonzero(target != ignore_index), PIXELS)
+        labelled = np.flatnonzero(target != ignore_index)
+        labelled = labelled[spread(len(labelled), PIXELS)]
         for logs, labels in _chosen(predictor, image, target, labelled):
             losses += torch.stack(
                 [F.cross_entropy(logs / t, labels, reduction="sum").double() for t in TEMPERATURES]
@@ -46,13 +47,6 @@ def fit_temperature(
         means[TEMPERATURES.index(1.0)],
         means[best],
     )
-
-
-def spread(given: NDArray[Any], count: int) -> NDArray[Any]:
-    """So many of them, or all if there are fewer, at equal distances."""
-    if len(given) <= count:
-        return given
-    return given[np.arange(count) * len(given) // count]
 
 
 def _chosen(

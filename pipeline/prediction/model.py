@@ -29,7 +29,7 @@ from pipeline.training.checkpoint import fill
 # A whole image of more pixels than this, as the network is to see it, is predicted by windows: what
 # a network computes in between is hundreds of times larger. Height and width of the windows, and
 # what lies from one's start to the next's.
-WHOLE = 4096 * 4096
+WHOLE = 4096 * 2048
 WINDOW: tuple[Size, Size] = ((1024, 1024), (768, 768))
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: what they hold, and how they get to disk whole or not at all."""
 
+import hashlib
 import json
 import logging
 import sys
@@ -77,6 +78,16 @@ def build_checkpoint(
     """
     meta = {"format": FORMAT, "iteration": iteration, "best": best}
     return cast("Checkpoint", _canonical(states) | _canonical(meta | dict(description)))
+
+
+def weights_md5(network: nn.Module) -> str:
+    """md5 over the names, types, shapes and bytes of all that a network holds."""
+    digest = hashlib.md5()
+    for name, tensor in network.state_dict().items():
+        own = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {own.dtype} {tuple(own.shape)}".encode())
+        digest.update(own.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def described_anew(checkpoint: Checkpoint, description: Description) -> Checkpoint:

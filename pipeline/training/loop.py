@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from pipeline import distributed
 from pipeline.data.loader import RankBatches, Samples, build_loader
-from pipeline.data.store import Split
+from pipeline.data.store import Array, Split, spread
 from pipeline.disk import FORMAT
-from pipeline.evaluation.inference import Predictor, evaluate
+from pipeline.evaluation.inference import Predictor, evaluate, predictions
 from pipeline.evaluation.metrics import summarize
 from pipeline.params import flatten
-from pipeline.training.checkpoint import Best, Description, build_checkpoint
+from pipeline.training.checkpoint import Best, Description, build_checkpoint, weights_md5
 from pipeline.training.optimization import Learner
 from pipeline.training.params import TrainParams
 from pipeline.training.speed import Stopwatch
@@ -27,6 +27,9 @@ from pipeline.training.state import HistoryEntry, Means, Saved, State, Writer
 
 log = logging.getLogger("instep")
 
+HASHED = {10**power for power in range(9)}  # iterations after which the weights' md5 is kept
+SHOWN = 3  # images at each validation
+Show = Callable[[int, str, list[Array]], None]  # iteration, name, and image, target, prediction
 Batch = tuple[Tensor, Tensor, Tensor]  # images, targets, keys: see train_step
 
 
@@ -44,13 +47,15 @@ class Progress:
 
     `history` holds the curves, {"iteration": i, "train/loss": ..., ...} in the order of the
     iterations; timings stand under `time/` and are no part of the result. `means` holds what the
-    next point of the training curves is the mean of.
+    next point of the training curves is the mean of. `hashes` has the md5 of the weights after some
+    of the iterations, by which another training is known to be the same.
     """
 
     iteration: int = 0
     best: Best | None = None
     history: list[HistoryEntry] = field(default_factory=list)
     means: Means = field(default_factory=lambda: Means(since=0, sums={}))
+    hashes: dict[str, str] = field(default_factory=dict)
 
 
 def train(
@@ -66,17 +71,20 @@ def train(
     writer: Writer,
     description: Description,
     track: Callable[[HistoryEntry], None],
+    show: Show,
+    until: int,
 ) -> None:
-    """Train from progress.iteration to the end; leave the last checkpoint in `state`.
+    """Train from progress.iteration to `until`; at the end, leave the last checkpoint in `state`.
 
     `predictor` measures the learner's network on the split `validation`; `writer` writes the
     checkpoints, and `description` is what they say of themselves. `track` takes each new entry of
-    the history, and must not hold up the loop.
+    the history and `show`, at each validation, some images with their targets and predictions;
+    neither must hold up the loop.
     """
     device, main = learner.device, distributed.rank() == 0
     batches = RankBatches(
         (options.batch_size, options.accumulation),
-        (progress.iteration, options.total),
+        (progress.iteration, min(until, options.total)),
         distributed.rank(),
         distributed.world_size(),
     )
@@ -110,6 +118,8 @@ def train(
         if validated:
             watch.pause()
             scores = validate(predictor, validation, description)
+            if main:
+                show_some(predictor, validation, progress.iteration, show)
             learner.model.train()
             watch.go_on()
             entry |= scores
@@ -122,6 +132,8 @@ def train(
             progress.history.append(entry)
             track(entry)
             log.info("%s", summary_line(entry, "  "))
+        if progress.iteration in HASHED or progress.iteration == until or ended:
+            progress.hashes[str(progress.iteration)] = weights_md5(learner.network)
         if saved and main:
             save_progress(learner, progress, state, description, writer=writer, improved=improved)
         watch.waiting()
@@ -186,6 +198,14 @@ def validate(predictor: Predictor, split: Split, labels: Description) -> History
     return {f"val/{name}": value for name, value in scores.items()}
 
 
+def show_some(predictor: Predictor, split: Split, iteration: int, show: Show) -> None:
+    """Show the same images of a split at every validation of every training."""
+    indices = spread(len(split), SHOWN).tolist()
+    for index, target, prediction in predictions(predictor, split, indices):
+        image, _ = split[index]
+        show(iteration, split.entries[index].name, [image, target, prediction])
+
+
 def save_progress(
     learner: Learner,
     progress: Progress,
@@ -202,7 +222,13 @@ def save_progress(
     writer.wait()
     checkpoint = build_checkpoint(learner.states(), progress.iteration, progress.best, description)
     history, means = [*progress.history], deepcopy(progress.means)
-    saved = Saved(format=FORMAT, checkpoint=checkpoint, history=history, means=means)
+    saved = Saved(
+        format=FORMAT,
+        checkpoint=checkpoint,
+        history=history,
+        means=means,
+        hashes={**progress.hashes},
+    )
 
     def write() -> None:
         if improved:

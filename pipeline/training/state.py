@@ -60,26 +60,30 @@ class Means(TypedDict):
 class Saved(TypedDict):
     """The content of state.pt: a checkpoint, and the curves up to it.
 
-    `history` is the truth about the curves.
+    `history` is the truth about the curves. `hashes` are those of the weights, by iteration.
     """
 
     format: int
     checkpoint: Checkpoint
     history: list[HistoryEntry]
     means: Means
+    hashes: dict[str, str]
 
 
 class Identity(TypedDict):
     """The content of run.json: which training made the files beside it.
 
     `run_id` is that of its MLflow run, null where it was tracked nowhere. `code` is a digest of the
-    code and of the files of weights that it started from.
+    code and of the files of weights that it started from. `weights` has the md5 of the weights
+    after 1, 10, 100, ... iterations and at the end, `machine` what they were computed on.
     """
 
     format: int
     run_id: str | None
     fingerprint: str
     code: str
+    weights: dict[str, str]
+    machine: dict[str, Any]
 
 
 def result_params(

@@ -175,6 +175,16 @@ def test_a_model_is_named_by_its_experiment_its_revision_and_its_run(project: Pa
     assert "error: nobody is no file, no experiment, no revision and no MLflow run" in said
 
 
+def test_the_notebook_runs(project: Path):
+    notebook = json.loads((project / "examples/predict.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) == 5
+    said = run([sys.executable, "-c", "\n".join(cells)], project / "examples").stdout
+    assert "mean confidence 0." in said
+    with Image.open(project / "examples/mask.png") as mask:
+        assert mask.size == (370, 200)
+
+
 def test_mlflow_keeps_the_model_unless_it_is_not_to(project: Path):
     (run_id,) = query(project, "SELECT run_uuid FROM runs")[0]
     kept = project / "mlartifacts" / run_id / "artifacts/checkpoints"

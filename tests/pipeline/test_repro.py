@@ -66,7 +66,8 @@ def test_the_outputs_are_complete(project: Path) -> None:
         ignored = 3 * mask.width  # in each target
         assert counts.sum() - per_image.areas()[index, 2].sum() == ignored
     pictures = list((outputs / "evaluation/overlays").glob("*.png"))
-    assert {path.name.split("-")[0] for path in pictures} == {"best", "median", "worst"}
+    kinds = {path.name.split("-")[0] for path in pictures}
+    assert kinds == {"panel", "best", "median", "worst"}
     picture = cv2.imread(str(pictures[0]))
     assert (picture.shape[1] - 8) % 3 == 0  # image, target, prediction, with two gaps
 
@@ -110,10 +111,10 @@ def test_every_number_leads_back(project: Path) -> None:
     logged = points(project, run_id)
     assert {step for name, step in logged if name == "train/loss"} == set(range(1, 9))
     assert {step for name, step in logged if name == "val/mean_iou"} == {4, 8}
-    assert logged["evaluation/mean_iou", 0] == metrics(project)["mean_iou"]
+    assert logged["test/mean_iou", 0] == metrics(project)["mean_iou"]
     artifacts = project / "mlartifacts" / run_id / "artifacts"
-    weights = file_md5(artifacts / "checkpoints/best.pt")
-    assert weights == file_md5(project / "outputs/checkpoints/best.pt")
+    weights = file_md5(artifacts / "checkpoints/model.safetensors")
+    assert weights == file_md5(project / "outputs/checkpoints/model.safetensors")
     assert list(artifacts.glob("evaluation/overlays/*.png"))
 
 
@@ -159,7 +160,7 @@ def test_another_evaluation_is_another_run(project: Path) -> None:
     assert (points(project, first), parameters(project, first), tags(project, first)) == before
     assert tags(project, second)["mlflow.parentRunId"] == first
     assert parameters(project, second)["evaluation.flip"] == "True"
-    assert points(project, second)["evaluation/mean_iou", 0] == metrics(project)["mean_iou"]
+    assert points(project, second)["test/mean_iou", 0] == metrics(project)["mean_iou"]
     set_params(project, {"evaluation.flip": False})
     dvc(project, "repro")
     assert len(runs(project)) == 2
@@ -226,4 +227,4 @@ def test_a_checkpoint_of_mmsegmentation_is_measured_without_training(project: Pa
     assert {path.name for path in (project / "outputs/checkpoints").iterdir()} == {"last.pt"}
     run_id = json.loads((project / "outputs/run.json").read_text())["run_id"]
     assert parameters(project, run_id)["train.load_from"] == "pspnet.pth"
-    assert points(project, run_id)["evaluation/mean_iou", 0] == before["mean_iou"]
+    assert points(project, run_id)["test/mean_iou", 0] == before["mean_iou"]

@@ -74,14 +74,34 @@ def project(folder: Path) -> Path:
 def test_an_evaluation_of_val_keeps_its_scores_apart_from_the_training_s(project: Path) -> None:
     rows = query(project, "SELECT key, step, value FROM metrics")
     held = {(key, step): value for key, step, value in rows}
-    assert held["evaluation/mean_iou", 0] == metrics(project)["mean_iou"]
-    assert held["evaluation/mean_boundary_iou", 0] == metrics(project)["mean_boundary_iou"]
+    assert held["val_final/mean_iou", 0] == metrics(project)["mean_iou"]
+    assert held["val_final/mean_boundary_iou", 0] == metrics(project)["mean_boundary_iou"]
     with (project / "outputs/val.tsv").open() as file:
         table = list(csv.DictReader(file, delimiter="\t"))
     trained = {int(row["iteration"]): float(row["mean_iou"]) for row in table}
     assert trained == {step: held["val/mean_iou", step] for step in (4, 8)}
     assert {step for key, step in held if key.startswith("val/")} == {4, 8}
     assert not [key for key, _ in held if key.startswith("test/")]
+    assert {key for key, _ in held if key.count("/") > 1 and not key.startswith("train/")} == {
+        f"val/iou/{name}" for name in ("background", "foot", "arch")
+    }
+
+
+def test_a_run_s_page_tells_the_result_and_how_to_have_it_again(project: Path) -> None:
+    tags = dict(query(project, "SELECT key, value FROM tags"))
+    told = tags["mlflow.note.content"]
+    assert f"**val: mean IoU {metrics(project)['mean_iou']:.4f}, with other images" in told
+    assert "on 3 val images of feet" in told
+    assert f"    git checkout {tags['git.rev']}\n" in told
+    (run_id,) = query(project, "SELECT run_uuid FROM runs")[0]
+    artifacts = project / "mlartifacts" / run_id / "artifacts"
+    assert (artifacts / "params.yaml").read_bytes() == (project / "params.yaml").read_bytes()
+    assert (artifacts / "run.json").read_bytes() == (project / "outputs/run.json").read_bytes()
+    table = json.loads((artifacts / "evaluation/classes.json").read_text())
+    assert [row[0] for row in table["data"]] == ["background", "foot", "arch"]
+    pictures = [path.name.split("+") for path in (artifacts / "images").glob("*.png")]
+    shown = {(name, int(step)) for name, _, step, *_ in pictures}
+    assert shown == {(f"val_foot 0{i}.png"[:-4], step) for i in range(3) for step in (4, 8)}
 
 
 def test_an_ended_experiment_is_shown_as_killed_and_goes_on_as_another(tmp_path: Path) -> None:
@@ -92,16 +112,16 @@ def test_an_ended_experiment_is_shown_as_killed_and_goes_on_as_another(tmp_path:
         wait_for_points(project, 4, process)
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
         process.wait(timeout=30)
-    assert query(project, "SELECT name, status FROM runs") == [("first", "KILLED")]
+    assert query(project, "SELECT name, status FROM runs") == [("pspnet (first)", "KILLED")]
 
     with running(project, "exp", "run", "-n", "second", "-S", "train.gpus=1") as process:
         wait_for_points(project, last_step(project) + 2, process)
-        assert query(project, "SELECT name, status FROM runs") == [("second", "RUNNING")]
+        assert query(project, "SELECT name, status FROM runs") == [("pspnet (second)", "RUNNING")]
         stage = stage_of(process)
         stage.terminate()
         stage.wait(timeout=15)
         process.wait(timeout=30)
-    assert query(project, "SELECT name, status FROM runs") == [("second", "KILLED")]
+    assert query(project, "SELECT name, status FROM runs") == [("pspnet (second)", "KILLED")]
     tags = dict(query(project, "SELECT key, value FROM tags"))
     assert tags["dvc.exp_name"] == "second"
     times = "SELECT count(*) FROM metrics WHERE key = 'train/loss' GROUP BY step"

@@ -13,14 +13,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from pipeline import load_model
-from pipeline.data.store import Entry, Split
+from pipeline.data.store import Entry, Split, spread
 from pipeline.evaluation.report import read_mask
 from pipeline.models.network import Network
 from pipeline.models.weights import classes_of, read_file, weights_of
 from pipeline.precision import PRECISIONS, Normalization
 from pipeline.prediction import model as prediction
 from pipeline.prediction.batch import find_photographs
-from pipeline.prediction.calibration import fit_temperature, spread
+from pipeline.prediction.calibration import fit_temperature
 from pipeline.prediction.model import Model, calibrated
 from pipeline.training.checkpoint import build_checkpoint, load_checkpoint, save, save_model
 from pipeline.training.state import result_params
@@ -194,8 +194,10 @@ def test_the_temperature_is_by_how_much_a_network_is_too_sure(factor: float, tmp
 
 
 def test_what_is_spread_lies_at_equal_distances():
-    assert spread(np.arange(5), 5).tolist() == [0, 1, 2, 3, 4]
-    assert spread(np.arange(10), 4).tolist() == [0, 2, 5, 7]
+    assert spread(5, 5).tolist() == [0, 1, 2, 3, 4]
+    assert spread(10, 4).tolist() == [0, 2, 5, 7]
+    assert spread(2, 3).tolist() == [0, 1]
+    assert spread(0, 3).tolist() == []
 
 
 def test_an_image_too_large_for_the_network_is_seen_by_windows(

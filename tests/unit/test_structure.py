@@ -17,10 +17,10 @@ FILES = {
 STAGES = read_yaml(REPOSITORY / "dvc.yaml")["stages"]
 STAGES |= read_yaml(REPOSITORY / "export/dvc.yaml")["stages"]  # with wdir: .., the same paths
 # What people run, and no stage: in stages/ for `python -m stages.recipe`.
-COMMANDS = {"compare", "predict", "recipe"}
+COMMANDS = {"compare", "predict", "recipe", "runs"}
 # They change no result: they import, tell of it, time it, refuse parameters before it, or end it.
 REPORTING = {"pipeline", "pipeline.tracking", "pipeline.training.speed", "pipeline.experiment"}
-REPORTING |= {"stages", "pipeline.registry"}
+REPORTING |= {"pipeline.provenance", "pipeline.registry", "stages"}
 SERVED = "pipeline.serving"  # a file that MLflow takes along: nothing of ours imports it, nor it us
 LOWER = ("params", "yaml12", "disk", "precision", "distributed", "evaluation.metrics")
 # Their values change no result; the first is where DVC finds the outputs.

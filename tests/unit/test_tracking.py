@@ -14,16 +14,20 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_metric_name
+from PIL import Image
 
 from pipeline import tracking
 from pipeline.tracking import (
     Tracker,
     TrackingParams,
+    curve_of,
+    find_runs,
     metric_name,
     open_evaluation_run,
     open_training_run,
@@ -56,6 +60,9 @@ def folder(
     monkeypatch.setattr(tracking, "RETRY", 0.1)
     caplog.set_level(logging.INFO, "instep")
     shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    with sqlite3.connect(tmp_path / "mlflow.db") as store:
+        place = (tmp_path / "mlartifacts").as_uri()
+        store.execute("UPDATE experiments SET artifact_location = ? WHERE name = 'tests'", [place])
     return tmp_path
 
 
@@ -76,9 +83,16 @@ def rows(folder: Path, sql: str) -> list[tuple]:
         return store.execute(sql).fetchall()
 
 
+def artifacts(folder: Path) -> Path:
+    """Where the only run's artifacts are."""
+    ((uri,),) = rows(folder, "SELECT artifact_uri FROM runs")
+    return Path(uri.removeprefix("file://"))
+
+
 def points(folder: Path) -> Counter[tuple[str, int]]:
     """Metric and step of all points but the machine's load, each with how often it is there."""
-    return Counter(rows(folder, "SELECT key, step FROM metrics WHERE key NOT LIKE 'system/%'"))
+    sampled = "key LIKE 'system/%' AND key != 'system/images_per_second'"
+    return Counter(rows(folder, f"SELECT key, step FROM metrics WHERE NOT ({sampled})"))
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, method: str, times: int = 1000) -> list[str]:
@@ -116,10 +130,74 @@ def test_classes_of_any_name_reach_the_store(folder: Path) -> None:
     tracker.log({"iteration": 1} | {f"val/iou.{name}": i for i, name in enumerate(names)})
     tracker.log({"iteration": 2, "a//b": 0.5})
     tracker.finish("FINISHED")
-    values = rows(folder, "SELECT value FROM metrics WHERE key LIKE 'val/iou.%' ORDER BY value")
+    values = rows(folder, "SELECT value FROM metrics WHERE key LIKE 'val/iou/%' ORDER BY value")
     assert values == [(float(i),) for i in range(len(names))]
     assert len(points(folder)) == len(names) + 1
-    assert ("val/iou.road", 1) in points(folder)
+    assert ("val/iou/road", 1) in points(folder)
+
+
+def test_of_single_classes_the_iou_alone_has_a_curve(folder: Path) -> None:
+    tracker = start(folder)
+    scores = {"val/mean_iou": 0.5, "val/iou.sky": 0.4, "val/dice.sky": 0.6, "val/mmseg.mFscore": 1}
+    tracker.log({"iteration": 3, "train/loss": 1.0, "train/loss/dice": 0.5, **scores})
+    tracker.finish("FINISHED")
+    named = {name for name, _ in points(folder)}
+    assert named == {"val/mean_iou", "val/iou/sky", "train/loss", "train/loss/dice"}
+
+
+def test_pictures_of_a_step_are_there_once_whatever_attempt_sent_them(folder: Path) -> None:
+    colours = {"sky": (0, 0, 255), "tree": (0, 255, 0)}
+    image = np.full((20, 30, 3), 100, np.uint8)
+    target, prediction = np.zeros((20, 30), np.uint8), np.ones((20, 30), np.uint8)
+    for steps in ((5, 10), (10, 15)):
+        tracker = start(folder)
+        for step in steps:
+            tracker.log_picture(step, "town/a?b", [image, target, prediction], colours)
+        tracker.finish("KILLED")
+    pictures = sorted((artifacts(folder) / "images").glob("*.png"))
+    assert sorted(int(path.name.split("+")[2]) for path in pictures) == [5, 10, 15]
+    assert {path.name.split("+")[0] for path in pictures} == {"town_a_b"}
+    with Image.open(pictures[0]) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.shape[1] == 3 * 30 + 2 * 4
+    assert pixels[10, [15, 34 + 15, 68 + 15]].tolist() == [
+        [100, 100, 100],
+        [50, 50, 178],
+        [50, 178, 50],
+    ]
+
+
+def test_a_repository_that_was_moved_is_told_where_its_files_go(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = folder / "before"
+    before.mkdir()
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    for name, place in (("moved", before), ("here", folder)):
+        client.create_experiment(name, (place / "mlartifacts").as_uri())
+        params = TrackingParams(uri=None, experiment=name, log_interval=1)
+        assert find_runs(params) == []
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert f"MLflow's experiment moved keeps its files in {before.as_uri()}/mlartifacts" in told[0]
+
+
+def test_a_file_of_a_table_is_shown_as_one(folder: Path) -> None:
+    (folder / "classes.tsv").write_text("class\tiou\nsky\t0.5\ntree\t\n", encoding="utf-8")
+    tracker = start(folder)
+    tracker.log_table(folder / "classes.tsv", "evaluation")
+    for score in (0.5, 0.625):
+        tracker.log_result(score, {"mean_iou.interval": "0.5 to 0.7"}, "**good**")
+    tracker.finish("FINISHED")
+    table = json.loads((artifacts(folder) / "evaluation/classes.json").read_text())
+    assert table == {"columns": ["class", "iou"], "data": [["sky", 0.5], ["tree", None]]}
+    tags = dict(rows(folder, "SELECT key, value FROM tags"))
+    assert tags["mlflow.note.content"] == "**good**"
+    assert tags["mean_iou.interval"] == "0.5 to 0.7"
+    assert rows(folder, "SELECT name FROM runs") == [("0.6250 run",)]
+    assert json.loads(tags["mlflow.loggedArtifacts"]) == [
+        {"path": "evaluation/classes.json", "type": "table"}
+    ]
 
 
 @pytest.mark.slow
@@ -130,10 +208,10 @@ def test_kills_at_any_moment_leave_every_point_once(folder: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     _, history = json.loads((folder / "state.json").read_text())
-    logged = {(name, entry["iteration"]) for entry in history for name in entry}
+    logged = {(curve_of(name), entry["iteration"]) for entry in history for name in entry}
     held = points(folder)
     assert set(held.values()) == {1}
-    assert {point for point in logged if point[0] != "iteration"} <= held.keys()
+    assert {point for point in logged if point[0]} <= held.keys()
     assert len(held) > 6 * 1050
 
 

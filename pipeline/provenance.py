@@ -1,0 +1,120 @@
+"""Where a run comes from, in words and as commands: git, DVC, and the parameters that were changed.
+
+None of it is part of a result: it tells where one can be had again.
+"""
+
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.params import flatten, main_checkout
+from pipeline.yaml12 import parse_yaml
+
+DVC_TAGS = {"dvc.exp_name": "DVC_EXP_NAME", "dvc.baseline_rev": "DVC_EXP_BASELINE_REV"}
+PARAMS = "params.yaml"
+NAMED = 3  # changed parameters in a run's name
+# Sections whose parameters do not change a training's result, and parameters of others.
+SILENT = ("evaluation.", "tracking.", "gate")
+MACHINE = {"train.gpus", "train.device", "train.workers", "train.work_dir"}
+
+
+def git_tags() -> dict[str, str]:
+    """The commit a stage runs on, and whether tracked files differ from it.
+
+    params.yaml and what DVC writes do not count: they are tracked by the run itself.
+    """
+    status = _git(["status", "--porcelain", "--untracked-files=no"])
+    revision = _git(["rev-parse", "HEAD"])
+    if status is None or revision is None:
+        return {}
+    own = {PARAMS, "dvc.lock", "metrics.json"}
+    changed = {line[3:] for line in status.splitlines()} - own
+    revision = revision.strip()
+    return {
+        "git.rev": revision,
+        "git.dirty": str(bool(changed)).lower(),
+        "mlflow.source.git.commit": revision,
+    }
+
+
+def dvc_tags() -> dict[str, str]:
+    """Which DVC experiment a stage runs for; empty in a plain `dvc repro`."""
+    return {tag: os.environ[name] for tag, name in DVC_TAGS.items() if os.environ.get(name)}
+
+
+def changed_params(sections: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a training that are others than in the commit it runs on, by name."""
+    committed = _git(["show", f"HEAD:./{PARAMS}"])
+    if committed is None:
+        return {}
+    try:
+        before = flatten(parse_yaml(committed, PARAMS))
+    except ValueError:
+        return {}
+    return {
+        name: value
+        for name, value in flatten(sections).items()
+        if name in before
+        and before[name] != value
+        and name not in MACHINE
+        and not name.startswith(SILENT)
+    }
+
+
+def changing(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of what is not equal in all of them."""
+    names = dict.fromkeys(name for run in runs for name in run)
+    return [name for name in names if len({str(run.get(name)) for run in runs}) > 1]
+
+
+def run_name(head: str, changed: Mapping[str, Any], last: str) -> str:
+    """What a run is called: its network, what was changed for it, and a name that no other has."""
+    told = [f"{name.rpartition('.')[2]} {_short(value)}" for name, value in changed.items()]
+    more = [f"{len(told) - NAMED} more"] if len(told) > NAMED else []
+    return f"{', '.join([head, *told[:NAMED], *more])} ({last})"
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 24 else f"{text[:23]}…"
+
+
+def rebuild_commands(tags: Mapping[str, str]) -> list[str]:
+    """The commands that give a run's result again, in a clone, by the run's own params.yaml."""
+    name = tags.get("dvc.exp_name")
+    if name and tags.get("git.dirty") == "true":  # the experiment's commit has the code, too
+        return [f"dvc exp apply {name}", "dvc pull --allow-missing", "dvc repro"]
+    revision = tags.get("git.rev", "COMMIT")
+    return [
+        f"git checkout {revision}",
+        f"# {PARAMS} as this run's artifact of that name has it",
+        "dvc pull --allow-missing",
+        "dvc repro",
+    ]
+
+
+def revision_of(name: str) -> str:
+    """The commit of a DVC experiment or of any git revision of the main checkout.
+
+    Raises:
+        ValueError: nothing is called so.
+    """
+    there = ("-C", str(main_checkout()))
+    listed = _git([*there, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps"]) or ""
+    for line in listed.splitlines():
+        commit, _, reference = line.partition(" ")
+        if reference.rpartition("/")[2] == name:
+            return commit
+    commit = _git([*there, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"]) or ""
+    if not commit:
+        raise ValueError(f"{name} is no experiment and no revision; `dvc exp list` names the first")
+    return commit.strip()
+
+
+def _git(arguments: list[str]) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout

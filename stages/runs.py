@@ -1,0 +1,98 @@
+"""`python -m stages.runs`: the experiments that MLflow knows, and whether one can be had again."""
+
+import argparse
+from collections.abc import Sequence
+
+from pipeline.experiment import load_params
+from pipeline.pages import score
+from pipeline.provenance import changing
+from pipeline.reproduction import commands, verify
+from pipeline.tracking import INTERVAL_TAG, TrackedRun, find_runs
+from stages import run_main
+
+NAMED = 4  # differing parameters in a line
+SECTIONS = ("test", "val_final")  # where the score of an evaluation stands
+
+
+def main() -> None:
+    """Obey the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.runs",
+        description="List the runs in MLflow, the best first, with what they differ in.",
+    )
+    parser.add_argument(
+        "--reproduce", metavar="RUN", help="print the commands that give a run's result again"
+    )
+    parser.add_argument(
+        "--verify",
+        metavar="RUN",
+        help="train the first iterations of a run in a temporary clone, and compare the weights",
+    )
+    parser.add_argument(
+        "--until", type=int, default=10, metavar="K", help="iterations to verify; %(default)s"
+    )
+    parser.add_argument(
+        "--code",
+        metavar="REV",
+        help="verify with the code of another revision, or of `workspace`: is it still the same?",
+    )
+    options = parser.parse_args()
+    params = load_params()
+    runs = find_runs(params.tracking)
+    if options.reproduce:
+        print("\n".join(commands(one_of(runs, options.reproduce), params.tracking)))
+    elif options.verify:
+        run = one_of(runs, options.verify)
+        print(verify(run, params.tracking, until=options.until, code=options.code))
+    else:
+        print_table(runs)
+
+
+def one_of(runs: Sequence[TrackedRun], name: str) -> TrackedRun:
+    """The run of an id, the beginning of one, a name, or a DVC experiment's name.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = [run for run in runs if name in (run.run_id, run.name, run.tags.get("dvc.exp_name"))]
+    found = found or [run for run in runs if len(name) >= 4 and run.run_id.startswith(name)]
+    if len(found) != 1:
+        listed = ", ".join(run.run_id for run in found)
+        raise ValueError(
+            f"{len(found)} runs are called {name}; name one by its id: {listed}"
+            if found
+            else f"no run is called {name}; `python -m stages.runs` lists them"
+        )
+    return found[0]
+
+
+def print_table(runs: Sequence[TrackedRun]) -> None:
+    """A line a run: score, interval, id, experiment, status, and parameters that differ."""
+    names = changing([run.params for run in runs])
+    lines = [("mean IoU", "95%", "run", "experiment", "status", "differs in")]
+    for run in sorted(runs, key=lambda run: -(score_of(run) or 0)):
+        told = [f"{name}: {run.params.get(name, '-')}" for name in names]
+        more = [f"{len(told) - NAMED} more"] if len(told) > NAMED else []
+        lines.append(
+            (
+                score(score_of(run)),
+                run.tags.get(INTERVAL_TAG, "-"),
+                run.run_id[:8],
+                run.tags.get("dvc.exp_name", "-"),
+                run.status,
+                ", ".join([*told[:NAMED], *more]),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths)).rstrip())
+
+
+def score_of(run: TrackedRun) -> float | None:
+    """Mean IoU of a run's evaluation, if there is one."""
+    found = (run.metrics.get(f"{section}/mean_iou") for section in SECTIONS)
+    return next((mean for mean in found if mean is not None), None)
+
+
+if __name__ == "__main__":
+    run_main(main)
