@@ -6,6 +6,7 @@ view of the whole image. What a caller needs beside it is JSON in its metadata, 
 """
 
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,13 +20,12 @@ import torch
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
-from pipeline.data.store import Array, Split
+from pipeline.data.store import Array, Split, spread
 from pipeline.data.transforms import resized
 from pipeline.disk import FORMAT
 from pipeline.evaluation.inference import Predictor
 from pipeline.models.layers import resize
 from pipeline.precision import PRECISIONS, Normalization
-from pipeline.prediction.calibration import spread
 from pipeline.prediction.model import Model
 
 if TYPE_CHECKING:
@@ -205,24 +205,24 @@ def quantize(path: Path, train: Split, scale: Sequence[int] | None, to: Path) ->
         """One image after another, as the file is fed with them."""
 
         def __init__(self) -> None:
-            chosen = spread(np.arange(len(train)), CALIBRATION).tolist()
+            chosen = spread(len(train), CALIBRATION).tolist()
             self._feeds = (feeds([train[index][0]], scale) for index in chosen)
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self._feeds, None)
 
-    plain = to.with_name(f".{to.name}.tmp")
-    quant_pre_process(str(path), str(plain), skip_symbolic_shape=True)
-    quantize_static(
-        str(plain),
-        str(to),
-        Reader(),
-        op_types_to_quantize=["Conv"],
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
-    plain.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder) / "prepared.onnx"
+        quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+        quantize_static(
+            str(prepared),
+            str(to),
+            Reader(),
+            op_types_to_quantize=["Conv"],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
 
 
 def feeds(images: Sequence[Array], scale: Sequence[int] | None) -> dict[str, Any]:
