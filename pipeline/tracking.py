@@ -1,4 +1,4 @@
-"""The only module that talks to MLflow. No failure of its store ends a training or an evaluation.
+"""All that MLflow is told of runs. No failure of its store ends a training or an evaluation.
 
 A thread tells the store what a stage logs, so that no step waits for it; what the store refuses is
 told again until the stage has ended and waited for a while. MLflow can neither replace nor delete a
@@ -68,6 +68,7 @@ class TrackingParams(Section):
     experiment: str = Field(min_length=1)
     log_interval: Positive
     log_model: bool = True
+    registered_model: str | None = Field(min_length=1, default=None)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def artifact_of(params: TrackingParams, name: str, path: Path) -> bytes | None:
     with _asked(params, name) as (client, experiment):
         quote = "'" if '"' in name else '"'
         named = f"attributes.run_name = {quote}{name}{quote}"
-        run = _find(client, name) if re.fullmatch("[0-9a-f]{32}", name) else None
+        run = find_run(client, name) if re.fullmatch("[0-9a-f]{32}", name) else None
         runs = [run] if run else client.search_runs([experiment], named)
         held = {one.info.run_id: _artifact(client, one.info.run_id, path) for one in runs}
     found = {one: content for one, content in held.items() if content is not None}
@@ -132,11 +133,11 @@ def artifact_of(params: TrackingParams, name: str, path: Path) -> bytes | None:
 def _asked(params: TrackingParams, what: str) -> "Iterator[tuple[MlflowClient, str]]":
     """A client and the experiment's id, to ask for something; what fails is a ValueError."""
     try:
-        with _brief_requests():
-            connected = _connect(params)
+        with brief_requests():
+            connected = connect(params)
         yield connected
     except Exception as error:
-        raise ValueError(f"MLflow can't be asked for {what}: {_line(error)}") from None
+        raise ValueError(f"MLflow can't be asked for {what}: {one_line(error)}") from None
 
 
 def _artifact(client: "MlflowClient", run_id: str, path: Path) -> bytes | None:
@@ -254,10 +255,10 @@ class MlflowTracker(Tracker):
             except Exception as error:  # a broken store must not end a training
                 problem = error
         if problem and not self._trouble:
-            log.warning("MLflow refuses what is logged, which waits: %s", _line(problem))
+            log.warning("MLflow refuses what is logged, which waits: %s", one_line(problem))
         elif self._trouble and not problem:
             log.info("MLflow has taken what waited")
-        self._trouble = _line(problem) if problem else ""
+        self._trouble = one_line(problem) if problem else ""
 
     def _tell_description(self) -> None:
         while self._descriptions:
@@ -364,7 +365,7 @@ class MlflowTracker(Tracker):
                     copy(self.run_id, str(path), folder)
                     continue
             except Exception as error:
-                self._file_trouble = _line(error)
+                self._file_trouble = one_line(error)
             self._lost_files += sum(file.is_file() for file in (path, *path.rglob("*")))
 
     def finish(self, status: str) -> None:
@@ -445,9 +446,9 @@ def open_training_run(
     dataset: its name, its md5 and where it lies. Where the store fails, the result tracks nothing.
     """
     try:
-        with _brief_requests():
-            client, experiment = _connect(params)
-            run = _find(client, run_id)
+        with brief_requests():
+            client, experiment = connect(params)
+            run = find_run(client, run_id)
             if run is None:
                 run = client.create_run(experiment, run_name=name)
                 remember(run.info.run_id)
@@ -474,9 +475,9 @@ def open_evaluation_run(
     one below it. Where the store fails, the result tracks nothing.
     """
     try:
-        with _brief_requests():
-            client, experiment = _connect(params)
-            run = _find(client, run_id)
+        with brief_requests():
+            client, experiment = connect(params)
+            run = find_run(client, run_id)
             if run is None or run.data.tags.get(EVALUATION_TAG) not in (None, fingerprint):
                 run = _evaluation_run(
                     client, experiment, parent=run_id, fingerprint=fingerprint, name=name
@@ -538,7 +539,7 @@ def metric_name(name: str) -> str:
 def _untracked(error: Exception) -> Tracker:
     """The tracker of a stage for which there is no store; says so."""
     missing = isinstance(error, ImportError) and error.name == "mlflow"
-    reason = "MLflow is not installed" if missing else f"MLflow can't be used: {_line(error)}"
+    reason = "MLflow is not installed" if missing else f"MLflow can't be used: {one_line(error)}"
     log.warning("this run is tracked nowhere, %s", reason)
     return Tracker()
 
@@ -551,14 +552,14 @@ def _number(cell: str) -> str | float | None:
         return cell
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error's message in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 @contextmanager
-def _brief_requests() -> Iterator[None]:
+def brief_requests() -> Iterator[None]:
     """Within the block wait for seconds, not minutes, for a server that does not answer.
 
     After it MLflow's own time limit counts again, since a server needs its time for a large file.
@@ -575,7 +576,7 @@ def _brief_requests() -> Iterator[None]:
             del os.environ[limit]
 
 
-def _connect(params: TrackingParams) -> "tuple[MlflowClient, str]":
+def connect(params: TrackingParams) -> "tuple[MlflowClient, str]":
     """A client of the store, and the experiment's id there.
 
     Raises:
@@ -583,13 +584,13 @@ def _connect(params: TrackingParams) -> "tuple[MlflowClient, str]":
     """
     answers: queue.SimpleQueue[tuple[MlflowClient, str] | Exception] = queue.SimpleQueue()
 
-    def connect() -> None:
+    def answer_once() -> None:
         try:
             answers.put(_open_store(params))
         except Exception as error:
             answers.put(error)
 
-    threading.Thread(target=connect, name="mlflow-open", daemon=True).start()
+    threading.Thread(target=answer_once, name="mlflow-open", daemon=True).start()
     try:
         answer = answers.get(timeout=OPENING)
     except queue.Empty:
@@ -645,7 +646,8 @@ def _experiment(client: "MlflowClient", params: TrackingParams) -> str:
     return str(client.create_experiment(params.experiment, location, KIND))
 
 
-def _find(client: "MlflowClient", run_id: str | None) -> "Run | None":
+def find_run(client: "MlflowClient", run_id: str | None) -> "Run | None":
+    """A run by its id; None where the store lacks it, or has it as deleted."""
     from mlflow.exceptions import MlflowException
 
     if run_id is None:
@@ -681,7 +683,7 @@ def _sample_load(client: "MlflowClient", run: "Run") -> Any:
         monitor = untyped(run.info.run_id, resume_logging=again, tracking_uri=client.tracking_uri)
         monitor.start()
     except Exception as error:
-        log.warning("MLflow can't sample the machine's load: %s", _line(error))
+        log.warning("MLflow can't sample the machine's load: %s", one_line(error))
         return None
     return monitor
 

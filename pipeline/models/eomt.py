@@ -21,6 +21,7 @@ from pipeline.models.vit import PATCH, VITS, ViT
 from pipeline.params import Positive, Probability, one_of
 
 POWER = 0.9  # of the annealing's polynomial
+STRIDE = 4  # of the masks
 
 
 class EoMTParams(SetLossParams):
@@ -106,6 +107,7 @@ class EoMT(Network):
                 recomputed(layer)
         self.attn_mask_probs: Tensor
         self.register_buffer("attn_mask_probs", torch.ones(params.num_blocks))
+        self.settled: list[bool] | None = None
         self.draws = nn.ModuleList(Keyed() for _ in range(params.num_blocks))
         if backbone.rope is not None:  # queries have no place to be rotated by
             for block in backbone.blocks[-params.num_blocks :]:
@@ -161,7 +163,7 @@ class EoMT(Network):
         for number, block in enumerate(self.backbone.blocks, start=-first):
             mask = None
             if number == 0:
-                x = torch.cat([self.q.weight.expand(len(x), -1, -1), x], dim=1)
+                x = torch.cat([self.q.weight.expand(x.shape[0], -1, -1), x], dim=1)
             if number >= 0 and masked[number]:
                 predictions.append(self._predict(x, grid))
                 mask = self._attention_mask(predictions[-1].masks, grid, number)
@@ -174,14 +176,19 @@ class EoMT(Network):
 
         This waits for the device, and saves most of what the queries cost in evaluation.
         """
+        if self.settled is not None:
+            return self.settled
         likely: list[bool] = (self.attn_mask_probs >= 0.5).tolist()
         return likely
 
+    def settle(self) -> None:
+        self.settled = self._likely_masked()
+
     def _predict(self, x: Tensor, grid: tuple[int, int]) -> Prediction:
         """What the tokens (N,L,width) mean so far; masks have stride 4."""
-        queries, _, patches = self.backbone.norm(x).tensor_split(
-            (self.params.num_queries, -grid[0] * grid[1]), dim=1
-        )
+        normed = self.backbone.norm(x)
+        queries = normed[:, : self.params.num_queries]
+        patches = normed[:, self.params.num_queries + self.backbone.num_prefix_tokens :]
         features = self.upscale(patches.transpose(1, 2).unflatten(2, grid))
         masks = torch.einsum("nqc,nchw->nqhw", self.mask_head(queries), features)
         return Prediction(self.class_head(queries), masks)
@@ -214,16 +221,19 @@ class EoMT(Network):
         exact = torch.promote_types(masks.dtype, torch.float32)
         shares = classes.to(exact).softmax(dim=2)[..., :-1]
         old = masks.shape[2]
-        height, width = (
-            round(side / share) for side, share in zip(size, outputs.extent, strict=True)
-        )
+        if torch.compiler.is_exporting():  # no number of its own may come of the symbols
+            height, width = (STRIDE * side for side in masks.shape[2:])
+        else:
+            height, width = (
+                round(side / share) for side, share in zip(size, outputs.extent, strict=True)
+            )
         scores = []
         for band in bands(rows, masks[:, :, 0, 0].numel() * width):  # there may be more queries
             near = masks[:, :, taps(old, height, band)].to(exact)
             chances = resized_band(near, old, (height, width), band)[..., : size[1]].sigmoid()
             with torch.autocast(masks.device.type, enabled=False):
                 found = chances.permute(0, 2, 3, 1).flatten(1, 2) @ shares  # (N, rows x W, C)
-            scores.append(found.view(len(found), -1, size[1], found.shape[2]))
+            scores.append(found.view(found.shape[0], -1, size[1], found.shape[2]))
         return torch.cat(scores, dim=1).permute(0, 3, 1, 2)
 
     def probabilities(self, scores: Tensor) -> Tensor:

@@ -1,4 +1,9 @@
-"""What the heads are made of, and how maps are resized."""
+"""What the heads are made of, and how maps are resized.
+
+While torch.export traces a network, sizes are symbols: what is made of them must be arithmetic of
+tensors, and nothing is kept or cut into bands. Such places ask `torch.compiler.is_exporting`; what
+they compute then is the same but for its last digits.
+"""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -50,6 +55,10 @@ class JoiningConv(ConvModule):
         self, maps: Sequence[Tensor], size: torch.Size | tuple[int, int]
     ) -> Tensor:
         """Maps (N,K,h,w), in the order of the weight's channels -> (N,C,H,W), with `size` (H,W)."""
+        if torch.compiler.is_exporting():
+            whole = torch.cat([resize(x, size) for x in maps], dim=1)
+            exported: Tensor = self.relu(self.bn(self.conv(whole)))
+            return exported
         weight = self.conv.weight.permute(0, 2, 3, 1)  # as it lies in memory, and so its gradient
         weights = torch.split(weight, [x.shape[1] for x in maps], dim=3)
         sums, lines, along = [], [], []
@@ -137,6 +146,8 @@ def bands(rows: slice, elements: int) -> list[slice]:
 
 def parts(whole: slice, length: int) -> list[slice]:
     """A slice cut into parts of a length, of which the last may be shorter."""
+    if torch.compiler.is_exporting():
+        return [whole]
     return [
         slice(start, min(start + length, whole.stop))
         for start in range(whole.start, whole.stop, length)
@@ -148,6 +159,8 @@ def taps(old: int, new: int, rows: slice) -> slice:
 
     The centre of the new row i is at (i + 1/2) * old / new - 1/2 among the old ones.
     """
+    if torch.compiler.is_exporting():
+        return slice(0, old)
     if old == new:
         return rows
     first = ((2 * rows.start + 1) * old - new) // (2 * new)
@@ -163,6 +176,8 @@ def resized_band(x: Tensor, old: int, size: tuple[int, int], rows: slice) -> Ten
     lie side by side in memory, where an argmax or a softmax finds them several times faster.
     """
     height, width = size
+    if torch.compiler.is_exporting():
+        return resize(x, size)[:, :, rows]
     if old != height:
         weights = bilinear_weights(old, height, x.dtype, x.device)[rows, taps(old, height, rows)]
         number, classes, _, along = x.shape
@@ -176,9 +191,10 @@ def resized_band(x: Tensor, old: int, size: tuple[int, int], rows: slice) -> Ten
 def padded(x: Tensor, multiple: int) -> Tensor:
     """Zeros at the bottom and the right, until `multiple` divides both sides: (N,C,H,W)."""
     height, width = x.shape[2:]
-    if height % multiple == width % multiple == 0:
+    if not torch.compiler.is_exporting() and height % multiple == width % multiple == 0:
         return x
-    return F.pad(x, (0, -width % multiple, 0, -height % multiple))
+    down, along = ((side + multiple - 1) // multiple * multiple - side for side in (height, width))
+    return F.pad(x, (0, along, 0, down))
 
 
 def average_pools(x: Tensor, bins: Sequence[int]) -> list[Tensor]:
@@ -188,11 +204,14 @@ def average_pools(x: Tensor, bins: Sequence[int]) -> list[Tensor]:
     CUDA, and each would bring a map as large as x. The results are at least fp32.
     """
     height, width = x.shape[2:]
-    weights, rest = _pool_weights(height, width, tuple(bins), dtype=x.dtype, device=x.device)
+    make = _pool_weights.__wrapped__ if torch.compiler.is_exporting() else _pool_weights
+    weights, rest = make(height, width, tuple(bins), dtype=x.dtype, device=x.device)
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
-    pooled = weights.expand(len(x), -1, -1).bmm(pixels) * rest
+    pooled = weights.expand(x.shape[0], -1, -1).bmm(pixels) * rest
     squares = torch.split(pooled, [one**2 for one in bins], dim=1)
-    shaped = (part.reshape(len(x), one, one, -1) for one, part in zip(bins, squares, strict=True))
+    shaped = (
+        part.reshape(x.shape[0], one, one, -1) for one, part in zip(bins, squares, strict=True)
+    )
     return [part.permute(0, 3, 1, 2) for part in shaped]
 
 
@@ -231,8 +250,11 @@ def _pool_weights(
     the bins of all sizes below each other. A bin goes from floor(i*side/bins) to ceil of the next.
     """
     with torch.inference_mode(mode=False):  # what is kept must serve in training too
-        masks = [torch.kron(_bins(height, one), _bins(width, one)) for one in bins]
-        mask = torch.cat(masks)
+        masks = [
+            (_bins(height, one)[:, None, :, None] * _bins(width, one)[:, None]).flatten(2)
+            for one in bins
+        ]
+        mask = torch.cat([one.flatten(0, 1) for one in masks])
         counts = mask.sum(dim=1, keepdim=True)
         powers = torch.exp2(-counts.log2().round())
         exact = torch.promote_types(dtype, torch.float32)
@@ -241,7 +263,7 @@ def _pool_weights(
 
 def _bins(side: int, bins: int) -> Tensor:
     """(bins, side): row i is 1 where the bin i is."""
-    mask = torch.zeros(bins, side, dtype=torch.float64)
-    for i in range(bins):
-        mask[i, i * side // bins : -(-(i + 1) * side // bins)] = 1
-    return mask
+    places, numbers = torch.arange(side), torch.arange(bins)[:, None]
+    begun = places >= torch.div(numbers * side, bins, rounding_mode="floor")
+    ended = places * bins >= (numbers + 1) * side
+    return (begun & ~ended).double()

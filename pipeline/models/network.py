@@ -69,6 +69,12 @@ class Network(nn.Module, ABC):
         buffer, so that a checkpoint holds it.
         """
 
+    def settle(self) -> None:
+        """Take for constant what evaluation would ask of buffers, before an export traces it.
+
+        A network whose evaluation depends on the content of a buffer overrides this.
+        """
+
     @abstractmethod
     def count(self, target: Tensor) -> Tensor:
         """The part that targets (N,H,W) uint8 have in every divisor of the losses, (K,) fp64.

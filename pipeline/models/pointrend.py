@@ -65,11 +65,13 @@ class PointRendHead(Head, nn.ModuleList):
         for _ in range(self.params.subdivision_steps):
             height, width = 2 * refined.shape[2], 2 * refined.shape[3]
             refined = resize(refined, (height, width))
-            count = min(self.params.subdivision_points, height * width)
+            count = torch.sym_min(self.params.subdivision_points, height * width)
             cells = uncertainty(refined.flatten(2)).topk(count, dim=1).indices
             exact = torch.promote_types(fine.dtype, torch.float32)
-            centres = torch.stack([cells % width, cells // width], dim=2).to(exact) + 0.5
-            points = centres / centres.new_tensor([width, height])
+            down = cells // width
+            across = cells - down * width
+            centres = (across.to(exact) + 0.5) / width, (down.to(exact) + 0.5) / height
+            points = torch.stack(centres, dim=2)
             logits = self[1](fine, coarse, points).to(refined.dtype)  # autocast resizes in fp32
             places = cells[:, None].expand_as(logits)
             refined = refined.flatten(2).scatter(2, places, logits).view_as(refined)
@@ -140,6 +142,9 @@ def sample(x: Tensor, points: Tensor) -> Tensor:
     backward on CUDA. A sum of weighted rows of a table has, and gathers the four around a point at
     once.
     """
+    if torch.compiler.is_exporting():
+        grid = 2 * points[:, :, None].to(x.dtype) - 1
+        return nn.functional.grid_sample(x, grid, align_corners=False)[..., 0]
     number, channels, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
     places, shares = corners(points, height, width)

@@ -74,7 +74,8 @@ class MapNetwork(Network):
 
     def _padded(self, size: tuple[int, ...]) -> tuple[int, int]:
         """The size, of which the last two are read, as `forward` pads it."""
-        height, width = (-(-side // self.multiple) * self.multiple for side in size[-2:])
+        least = self.multiple - 1
+        height, width = ((side + least) // self.multiple * self.multiple for side in size[-2:])
         return height, width
 
 

@@ -87,7 +87,7 @@ class ViT(nn.Module):
         x = x.flatten(2).transpose(1, 2)
         if self.pos_embed is not None:
             x = x + self._positions(self.pos_embed, grid)
-        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token)]
+        prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token)]
         return torch.cat([*prefix, x], dim=1), self._rotation(grid), grid
 
     def apply_block(
@@ -103,9 +103,11 @@ class ViT(nn.Module):
         As two matrix products: torch's own has no deterministic backward on CUDA.
         """
         side = math.isqrt(learned.shape[1])
-        if grid == (side, side):
+        exporting = torch.compiler.is_exporting()
+        if not exporting and grid == (side, side):
             return learned
-        rows, columns = (_resampling(side, new, learned.dtype, learned.device) for new in grid)
+        make = _resampling_of_symbols if exporting else _resampling
+        rows, columns = (make(side, new, learned.dtype, learned.device) for new in grid)
         with torch.autocast(learned.device.type, enabled=False):
             across = columns @ learned.view(side, side, -1)  # (side, new columns, width)
             return (rows @ across.flatten(1)).view(1, grid[0] * grid[1], -1)
@@ -171,3 +173,18 @@ def _resampling(old: int, new: int, dtype: torch.dtype, device: torch.device) ->
         lines = torch.eye(old, dtype=torch.float64).view(1, old, 1, old)
         resized = F.interpolate(lines, (1, new), mode="bicubic", antialias=True)
         return resized[0, :, 0].T.contiguous().to(device, dtype)
+
+
+def _resampling_of_symbols(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same by arithmetic, for torch.export, to which the sizes are symbols.
+
+    Keys' cubic convolution with a = -1/2, stretched where the new places are fewer.
+    Source: doi:10.1109/TASSP.1981.1163711, and torch's UpSampleKernel.cpp
+    """
+    step = old / new
+    reach: Any = torch.sym_max(step, 1.0)
+    centres = (torch.arange(new, dtype=torch.float64) + 0.5) * step - 0.5
+    x = ((torch.arange(old) - centres[:, None]) / reach).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    return (weights / weights.sum(dim=1, keepdim=True)).to(device, dtype)
