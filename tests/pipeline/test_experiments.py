@@ -55,7 +55,9 @@ def test_every_way_of_running_is_one_run_in_one_store(project: Path) -> None:
     assert stores == [project / "mlflow.db"]
     for run_id, uri in query(project, "SELECT run_uuid, artifact_uri FROM runs"):
         assert uri == (project / "mlartifacts" / run_id / "artifacts").as_uri()
-        assert (project / "mlartifacts" / run_id / "artifacts/checkpoints/last.pt").is_file()
+        assert (
+            project / "mlartifacts" / run_id / "artifacts/checkpoints/model.safetensors"
+        ).is_file()
     assert json.loads((project / "outputs/run.json").read_text())["run_id"]
 
     rows = {row["Experiment"]: row for row in shown(project)}

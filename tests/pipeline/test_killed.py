@@ -22,6 +22,13 @@ CHANGES = {
     "evaluation.interval": 30,
 }
 
+# What a training leaves, byte for byte.
+FILES = (
+    *(f"checkpoints/{name}" for name in ("last.pt", "best.pt", "model.safetensors")),
+    "train.tsv",
+    "val.tsv",
+)
+
 
 def start_dvc(project: Path, *command: str, **extra: str) -> "subprocess.Popen[bytes]":
     with (project / "repro.log").open("wb") as log:
@@ -89,7 +96,7 @@ def test_five_kills_change_nothing(uninterrupted: Path, tmp_path: Path) -> None:
     assert all(iteration > 0 for iteration in continued)
     assert continued == sorted(set(continued))
 
-    for name in ("checkpoints/last.pt", "checkpoints/best.pt", "train.tsv", "val.tsv"):
+    for name in FILES:
         whole = file_md5(uninterrupted / "outputs" / name)
         assert file_md5(project / "outputs" / name) == whole, name
     assert query(project, "SELECT status FROM runs") == [("FINISHED",)]
@@ -112,9 +119,9 @@ def test_a_killed_experiment_goes_on_in_another_workspace(
     assert query(project, "SELECT status FROM runs") == [("FINISHED",)]
     assert curves(project) == curves(uninterrupted)
     dvc(project, "exp", "apply", "again")
-    for name in ("last.pt", "best.pt"):
-        whole = file_md5(uninterrupted / "outputs/checkpoints" / name)
-        assert file_md5(project / "outputs/checkpoints" / name) == whole
+    for name in FILES:
+        whole = file_md5(uninterrupted / "outputs" / name)
+        assert file_md5(project / "outputs" / name) == whole
 
 
 @pytest.mark.parametrize("network", ["pointrend", "segformer", "eomt"])
@@ -134,7 +141,7 @@ def test_kills_change_nothing_for_other_networks(network: str, tmp_path: Path) -
     dvc(killed, "repro", "train")
     log = (killed / "outputs/train.log").read_text()
     assert len(re.findall(r"continuing at iteration \d+", log)) == 2
-    for name in ("checkpoints/last.pt", "checkpoints/best.pt", "train.tsv", "val.tsv"):
+    for name in FILES:
         assert file_md5(killed / "outputs" / name) == file_md5(whole / "outputs" / name), name
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import distributed
+from pipeline import distributed, load_model
 from pipeline.disk import file_md5
 from pipeline.distributed import SyncBatchNorm, check_devices, parallelize, processes_here
 from pipeline.params import flatten
@@ -78,7 +78,9 @@ def test_evaluation_happens_every_interval_and_at_the_end(project: Path) -> None
 def test_without_validation_nothing_is_evaluated(project: Path) -> None:
     train(project, **{"train.validate": False})
     assert curve(project / "outputs/val.tsv", "mean_iou") == {}
-    assert [path.name for path in (project / "outputs/checkpoints").iterdir()] == ["last.pt"]
+    found = {path.name for path in (project / "outputs/checkpoints").iterdir()}
+    assert found == {"last.pt", "model.safetensors"}
+    assert load_model(project / "outputs/checkpoints/model.safetensors").temperature is None
 
 
 def test_gpus_change_neither_the_batch_nor_the_learning_rate(project: Path) -> None:
