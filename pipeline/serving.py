@@ -37,7 +37,7 @@ METADATA = "instep"
 ORIENTATION = 274
 TRANSPOSED = 5
 FLIPPED = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}
-LARGEST = 4096 * 4096  # pixels that the network may see at once, as `load_model` has it
+LARGEST = 4096 * 2048  # pixels that the network may see at once: `load_model` cuts larger images
 TIFF = (b"II*\0", b"MM\0*")  # what such a file begins with
 
 Array = NDArray[np.uint8]

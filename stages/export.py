@@ -45,6 +45,7 @@ def run(params: Params, store: Store) -> None:
     predictor = in_one_view(model)
     folder = work_dir / "export"
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n", encoding="utf-8")  # DVC does so for what it caches
     files = {"onnx": folder / "model.onnx", "int8": folder / "model.int8.onnx"}
 
     export_onnx(predictor, described(model), head, files["onnx"])

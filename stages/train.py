@@ -53,8 +53,12 @@ from stages import keep_freed_memory, run_main
 log = logging.getLogger("instep")
 
 
-def main() -> None:
-    """Check the parameters, then train here or hand over to torchrun."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Check the parameters, then train here or hand over to torchrun.
+
+    `arguments` are those of the command line, which are taken from there by default.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m stages.train", description=__doc__)
     parser.add_argument(
         "--until",
@@ -63,7 +67,7 @@ def main() -> None:
         help="only train the first K iterations, and print the md5 of the weights after 1, 10, ... "
         "and K of them: nothing is tracked, and no output written",
     )
-    until: int | None = parser.parse_args().until
+    until: int | None = parser.parse_args(given).until
     distributed.die_with_parent()
     keep_freed_memory()
     params = load_params()
@@ -73,7 +77,7 @@ def main() -> None:
     store.require_measured(params.evaluation.split)  # before the training, not after it
     start_files(params.train)
     distributed.check_devices(params.train.device, params.train.gpus)
-    if not distributed.hand_over("stages.train", params.train.gpus, sys.argv[1:]):
+    if not distributed.hand_over("stages.train", params.train.gpus, given):
         with distributed.process_group(params.train.device) as device:
             run(params, device, until)
 

@@ -21,7 +21,7 @@ from pipeline.data.files import some
 from pipeline.data.formats import Reader, Record
 from pipeline.data.params import DataParams
 from pipeline.data.splits import SPLITS
-from pipeline.data.store import SUMMARY, Array, Entry, Index, Split, write_index
+from pipeline.data.store import SUMMARY, Array, Entry, Index, Split, spread, write_index
 from pipeline.disk import FORMAT, write_json
 from pipeline.params import plain
 
@@ -64,9 +64,11 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
     records, problems = reader.records()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    jobs = []
+    jobs, total = [], 0
     for split in SPLITS:
         own = [record for record in records if record.split == split]
+        own = [own[place] for place in spread(len(own), params.subset or len(own))]
+        total += len(own)
         for start in range(0, len(own), RECORDS_PER_SHARD):
             batch = own[start : start + RECORDS_PER_SHARD]
             jobs.append((f"{split}-{start // RECORDS_PER_SHARD:05}.bin", batch))
@@ -76,7 +78,7 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
     with ProcessPoolExecutor(os.cpu_count(), context) as pool:
         for shard in pool.map(pack, *zip(*jobs, strict=True)) if jobs else ():
             shards.append(shard)
-            progress(sum(len(one.entries) for one in shards), len(records))
+            progress(sum(len(one.entries) for one in shards), total)
 
     problems += [problem for shard in shards for problem in shard.problems]
     problems += _shared_images(folder, shards)

@@ -77,9 +77,11 @@ def read_image(path: Path) -> tuple[Array, int]:
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image, kinds, found = cv2.imdecodeWithMetadata(np.fromfile(path, np.uint8), flags=flags)
-    except (cv2.error, OSError) as error:
+    except OSError as error:
         raise ValueError(f"{path}: can't be read as an image ({error})") from None
-    if image is None:  # how OpenCV says that a file is empty, truncated or no image
+    except cv2.error:  # of an empty file
+        image = None
+    if image is None:  # how OpenCV says that a file is truncated or no image
         raise ValueError(f"{path}: can't be read as an image")
     if path.suffix.lower() in (".tif", ".tiff"):  # OpenCV turns it, whatever it is told
         with Image.open(path) as file:

@@ -24,9 +24,10 @@ from pipeline.data.files import (
     read_image,
     upright,
 )
+from pipeline.data.outlines import PARSERS, by_image, drawing_of, ids_of
 from pipeline.data.splits import SPLITS, SplitsParams, draw_splits, listed_splits
 from pipeline.data.store import Array
-from pipeline.params import Colour, Named
+from pipeline.params import Colour, Named, one_of
 
 
 class FormatParams(Named):
@@ -51,8 +52,8 @@ class FormatParams(Named):
         """The splits that must not be empty."""
         return {"train"}
 
-    def check(self, num_ids: int) -> None:
-        """Raise a ValueError where the keys don't suit files that hold so many ids."""
+    def check(self, classes: Sequence[str], num_ids: int) -> None:
+        """Raise a ValueError where the keys don't suit the classes, or files of so many ids."""
 
 
 P = TypeVar("P", bound=FormatParams)
@@ -73,13 +74,14 @@ class Record:
 class Reader(ABC, Generic[P]):
     """What a format offers. Instances travel to worker processes, so they hold no open file.
 
-    `root`, `ignore_index` and `exif` are those of the section `data`, `params` is its `format`, an
-    instance of the class's own `Params`.
+    `root`, `classes`, `ignore_index` and `exif` are those of the section `data`, `params` is its
+    `format`, an instance of the class's own `Params`.
     """
 
     Params: ClassVar[type[FormatParams]] = FormatParams
 
     root: Path
+    classes: Sequence[str]
     ignore_index: int
     exif: Exif
     params: P
@@ -177,17 +179,10 @@ class Folders(Reader[P]):
         return read_ids(target)
 
 
-class PairsParams(FormatParams):
-    """`images` and `targets` are folders below `data.root`.
-
-    `target_suffixes` are what a target's stem may add to its image's; the first that exists wins.
-    `color_map` holds the colour of id 0, 1, ... in coloured targets; null: they hold ids.
-    """
+class OwnParams(FormatParams):
+    """Files of one's own: a folder `images` below `data.root`, and how they are split."""
 
     images: str = Field(min_length=1, default="images")
-    targets: str = Field(min_length=1, default="targets")
-    target_suffixes: tuple[str, ...] = Field(min_length=1, default=("",))
-    color_map: tuple[Colour, ...] | None = None
     splits: SplitsParams = SplitsParams()
 
     @property
@@ -205,7 +200,7 @@ class PairsParams(FormatParams):
     def group(self, name: str) -> str:
         return self.splits.group(name)
 
-    @field_validator("images", "targets")
+    @field_validator("images", "targets", "annotations", check_fields=False)
     @classmethod
     def _lies_below_the_root(cls, folder: str) -> str:
         if Path(folder).is_absolute() or ".." in Path(folder).parts:
@@ -213,6 +208,18 @@ class PairsParams(FormatParams):
                 f"must be a folder below data.root, not {folder!r}: DVC watches data.root alone"
             )
         return folder
+
+
+class PairsParams(OwnParams):
+    """`images` and `targets` are folders below `data.root`.
+
+    `target_suffixes` are what a target's stem may add to its image's; the first that exists wins.
+    `color_map` holds the colour of id 0, 1, ... in coloured targets; null: they hold ids.
+    """
+
+    targets: str = Field(min_length=1, default="targets")
+    target_suffixes: tuple[str, ...] = Field(min_length=1, default=("",))
+    color_map: tuple[Colour, ...] | None = None
 
     @field_validator("color_map")
     @classmethod
@@ -223,7 +230,7 @@ class PairsParams(FormatParams):
             raise ValueError("every colour must stand once")
         return colours
 
-    def check(self, num_ids: int) -> None:
+    def check(self, classes: Sequence[str], num_ids: int) -> None:
         if self.color_map is not None and len(self.color_map) != num_ids:
             raise ValueError(
                 f"format.color_map has {len(self.color_map)} colours for {num_ids} ids; give one "
@@ -242,28 +249,64 @@ class Pairs(Folders[PairsParams]):
     Params = PairsParams
 
     def records(self) -> tuple[list[Record], list[str]]:
-        root, splits = self.root, self.params.splits
-        images, targets, problems = _files(root, self.params.images, self.params.targets)
+        images, targets, problems = _files(self.root, self.params.images, self.params.targets)
         suffixes = self.params.target_suffixes
-        if splits.source == "given":
-            found, more = _given(images, targets, suffixes, SPLITS)
-            more += [
-                f"{images[stem]}: with given splits the folder must be train, val or test"
-                for stem in sorted(images)
-                if _folder(stem) not in SPLITS
-            ]
-        elif splits.source == "drawn":
-            found, more = _paired(images, targets, suffixes, draw_splits(list(images), splits))
-            more += _pictureless(images, targets, suffixes)
-        else:
-            split_of, wrong = listed_splits(root, SPLITS, images)
-            found, more = _paired(images, targets, suffixes, split_of)
-            more += wrong
+        found, more = _split(self.root, images, targets, suffixes, splits=self.params.splits)
         return found, problems + more
 
     def ids(self, target: Path) -> Ids:
         color_map = self.params.color_map
         return super().ids(target) if color_map is None else read_colours(target, color_map)
+
+
+class OutlinesParams(OwnParams):
+    """`annotations` is a file or a folder of files below `data.root`.
+
+    `background` is the class of pixels that no outline covers; null: they are ignored.
+    """
+
+    annotations: str = Field(min_length=1, default="annotations")
+    background: str | None = "background"
+
+    def check(self, classes: Sequence[str], num_ids: int) -> None:
+        if self.background is not None:
+            one_of("format.background", self.background, classes, ", or null")
+        if num_ids != len(classes):
+            raise ValueError("reduce_zero_label is for files of ids; outlines have names")
+
+
+class Outlines(Folders[OutlinesParams]):
+    """A folder of images, and the outlines of classes by their names: see `outlines.py`."""
+
+    Params = OutlinesParams
+
+    @property
+    def kind(self) -> str:
+        """The program that has drawn them."""
+        return self.params.name
+
+    def records(self) -> tuple[list[Record], list[str]]:
+        images, problems = by_stem(self.root / self.params.images, IMAGE_SUFFIXES)
+        place = self.root / self.params.annotations
+        targets, more = by_image(self.kind, place, images) if images else ({}, [])
+        if not images or not targets:
+            return [], problems + more
+        found, missing = _split(self.root, images, targets, ("",), splits=self.params.splits)
+        return found, problems + more + missing
+
+    def read(self, record: Record) -> tuple[Array, Ids]:
+        image, orientation = read_image(Path(record.image))
+        if self.exif == "apply":
+            image = np.ascontiguousarray(upright(image, orientation))
+        background = self.ignore_index
+        if self.params.background is not None:
+            background = list(self.classes).index(self.params.background)
+        try:
+            drawing = drawing_of(self.kind, Path(record.target), record.name)
+            size = drawing.size or (image.shape[0], image.shape[1])
+            return image, ids_of(drawing, size, self.classes, background)
+        except ValueError as error:
+            raise ValueError(f"{record.image}, in {record.target}: {error}") from None
 
 
 class ADE20K(Folders[FormatParams]):
@@ -337,6 +380,31 @@ def _files(root: Path, images: str, targets: str) -> tuple[Files, Files, list[st
     return image_of, target_of, problems + more
 
 
+def _split(
+    root: Path,
+    images: Files,
+    targets: Files,
+    suffixes: Sequence[str],
+    splits: SplitsParams,
+) -> tuple[list[Record], list[str]]:
+    """Records by the splits that the parameters name, and the problems met."""
+    if splits.source == "given":
+        found, problems = _given(images, targets, suffixes, SPLITS)
+        problems += [
+            f"{images[stem]}: with given splits the folder must be train, val or test"
+            for stem in sorted(images)
+            if _folder(stem) not in SPLITS
+        ]
+    elif splits.source == "drawn":
+        found, problems = _paired(images, targets, suffixes, draw_splits(list(images), splits))
+        problems += _pictureless(images, targets, suffixes)
+    else:
+        split_of, wrong = listed_splits(root, SPLITS, images)
+        found, problems = _paired(images, targets, suffixes, split_of)
+        problems += wrong
+    return found, problems
+
+
 def _given(
     images: Files, targets: Files, suffixes: Sequence[str], folders: Sequence[str]
 ) -> tuple[list[Record], list[str]]:
@@ -387,4 +455,5 @@ FORMATS: dict[str, type[Reader[Any]]] = {
     "ade20k": ADE20K,
     "cityscapes": Cityscapes,
     "voc": VOC,
+    **dict.fromkeys(PARSERS, Outlines),
 }

@@ -6,7 +6,7 @@ from typing import Any, Self
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from pipeline.data.formats import FORMATS, Exif, FormatParams, Reader
-from pipeline.params import Colour, Grey, Section, choose
+from pipeline.params import Colour, Grey, Positive, Section, choose
 
 
 class DataParams(Section):
@@ -16,7 +16,8 @@ class DataParams(Section):
     ignore_index and the others one less. A photograph is turned by its EXIF orientation unless
     `exif` is `ignore`, and so are those that the model will predict. `allow_missing_classes` lets a
     class be without a pixel in train: nothing teaches it, and evaluation leaves it out unless it is
-    predicted or labelled.
+    predicted or labelled. `subset` takes so many images of each split, at equal distances, for a
+    quick try.
     """
 
     name: str = Field(min_length=1)
@@ -28,6 +29,7 @@ class DataParams(Section):
     reduce_zero_label: bool = False
     exif: Exif = "apply"
     allow_missing_classes: bool = False
+    subset: Positive | None = None
 
     @property
     def num_ids(self) -> int:
@@ -37,7 +39,8 @@ class DataParams(Section):
     def reader(self) -> Reader[Any]:
         """The reader of the format."""
         reader = FORMATS[self.format.name]
-        return reader(Path(self.root), self.ignore_index, self.exif, self.format)
+        root = Path(self.root)
+        return reader(root, self.classes, self.ignore_index, exif=self.exif, params=self.format)
 
     @field_validator("root")
     @classmethod
@@ -66,5 +69,5 @@ class DataParams(Section):
                 f"ignore_index {self.ignore_index} is the id of class {name!r}; use 255 or "
                 f"another id from {self.num_ids} up"
             )
-        self.format.check(self.num_ids)
+        self.format.check(self.classes, self.num_ids)
         return self

@@ -21,4 +21,4 @@ def unkeyed_dropout() -> None:
 
 if __name__ == "__main__":
     {"local_batch_norm": local_batch_norm, "unkeyed_dropout": unkeyed_dropout}[sys.argv[1]]()
-    train.main()
+    train.main([])

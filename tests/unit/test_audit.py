@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.audit import prepare
+from pipeline.data.splits import SPLITS
 from pipeline.data.store import Store
 from tests.unit.pairs import data_params, labels, photo, write
 
@@ -189,3 +190,18 @@ def test_images_are_grouped_by_what_the_pattern_finds(tmp_path: Path):
     entries = [*store.split("train").entries, *store.split("val").entries]
     assert [entry.group for entry in entries] == ["1", "1", "2", "val/other"]
     assert store.fold is None
+
+
+def test_a_subset_is_so_many_images_of_each_split_at_equal_distances(tmp_path: Path):
+    for number in range(6):
+        write(tmp_path, f"train/{number}", photo(number), labels())
+    write(tmp_path, "val/only", photo(6), labels())
+    write(tmp_path, "train/9_broken", photo(7), labels())[0].write_bytes(b"")
+    told: list[tuple[int, int]] = []
+    folder = tmp_path / "prepared"
+    prepare(data_params(tmp_path, subset=3), folder, lambda *counts: told.append(counts))
+    store = Store(folder)
+    names = {split: [entry.name for entry in store.split(split).entries] for split in SPLITS}
+    assert names == {"train": ["train/0", "train/2", "train/4"], "val": ["val/only"], "test": []}
+    assert told[-1] == (4, 4)
+    assert any("train/9_broken" in line for line in refusal(tmp_path))

@@ -35,7 +35,7 @@ def test_training_without_a_val_image_to_validate_on_is_refused(
     monkeypatch.chdir(tmp_path)
     workspace(tmp_path, {}, {"train": 1, "val": 0, "test": 1})
     with pytest.raises(ValueError, match=r"no labelled val image; use train.validate: false"):
-        train.main()
+        train.main([])
 
 
 @pytest.mark.parametrize(("asked", "other"), [("val", "test"), ("test", "val")])

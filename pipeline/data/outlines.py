@@ -1,0 +1,209 @@
+"""Outlines that annotators have drawn -> class ids of pixels: COCO, LabelMe, CVAT and YOLO.
+
+A pixel belongs to an outline as COCO's own code has it (pycocotools); of two outlines on one pixel
+the later one counts.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from pipeline.data.store import Array
+
+Outline = list[float]  # x, y, x, y, ... in pixels, or in shares of width and height
+
+
+class Shape(NamedTuple):
+    """One thing of a class: its outlines, or runs of pixels as COCO counts them.
+
+    `label` is the name of the class or, of YOLO, its number.
+    """
+
+    label: str | int
+    outlines: Sequence[Outline] = ()
+    runs: Mapping[str, Any] | None = None
+
+
+class Drawing(NamedTuple):
+    """What was drawn on an image, in order. `size` is its height and width; None: not told."""
+
+    size: tuple[int, int] | None
+    shapes: Sequence[Shape]
+
+
+def ids_of(
+    drawing: Drawing, size: tuple[int, int], classes: Sequence[str], background: int
+) -> Array:
+    """The ids (H,W) uint8 of an image's pixels; `background` where nothing was drawn.
+
+    An id is the place of a name in `classes`. Labels that are numbers leave the background out.
+
+    Raises:
+        ValueError: a label is none of the classes; says which are.
+    """
+    height, width = size
+    ids = np.full(size, background, np.uint8)
+    numbered = [place for place, name in enumerate(classes) if place != background]
+    for label, outlines, runs in drawing.shapes:
+        if isinstance(label, int):
+            if not 0 <= label < len(numbered):
+                raise ValueError(f"class {label} is none of the {len(numbered)} that are drawn")
+            place = numbered[label]
+        elif label in classes:
+            place = list(classes).index(label)
+        else:
+            raise ValueError(
+                f"label {label!r} is not in data.classes: {', '.join(classes)}; add it there, or "
+                "rename it"
+            )
+        whole = np.array([1.0, 1.0]) if drawing.size else np.array([width, height])
+        given: Any = [
+            (np.reshape(one, (-1, 2)) * whole).ravel().tolist() for one in outlines if len(one) > 4
+        ]
+        if runs is not None:
+            given = dict(runs)
+        if given:
+            found = coco_mask.frPyObjects(given, height, width) if _uncounted(given) else given
+            merged = coco_mask.merge(found) if isinstance(found, list) else found
+            ids[coco_mask.decode(merged) > 0] = place
+    return ids
+
+
+def _uncounted(given: Any) -> bool:
+    """Whether pycocotools has to make runs of it first: of outlines and of plain counts."""
+    return isinstance(given, list) or isinstance(given["counts"], list)
+
+
+@cache
+def drawings(kind: str, path: Path) -> dict[str, Drawing]:
+    """The drawings in a file, by the path of each image below the folder of images.
+
+    Raises:
+        ValueError: the file can't be read as one of this kind; the text names it.
+    """
+    try:
+        return PARSERS[kind][1](path)
+    except (ValueError, KeyError, TypeError, IndexError, OSError, ElementTree.ParseError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: can't be read as a file of {kind} ({reason})") from None
+
+
+def _coco(path: Path) -> dict[str, Drawing]:
+    """Source: https://cocodataset.org/#format-data ."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    names = {one["id"]: str(one["name"]) for one in content["categories"]}
+    shapes: dict[Any, list[Shape]] = {one["id"]: [] for one in content["images"]}
+    for one in content["annotations"]:
+        drawn = one["segmentation"]
+        if isinstance(drawn, dict):
+            shapes[one["image_id"]].append(Shape(names[one["category_id"]], runs=drawn))
+        else:
+            shapes[one["image_id"]].append(Shape(names[one["category_id"]], drawn))
+    return {
+        one["file_name"]: Drawing((one["height"], one["width"]), shapes[one["id"]])
+        for one in content["images"]
+    }
+
+
+def _labelme(path: Path) -> dict[str, Drawing]:
+    """Source: https://github.com/wkentaro/labelme ."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    shapes = []
+    for one in content["shapes"]:
+        points, kind = one["points"], one.get("shape_type") or "polygon"
+        if kind == "rectangle":
+            points = _corners(*points[0], *points[1])
+        elif kind != "polygon":
+            raise ValueError(f"a {kind} of {one['label']!r} has no inside; draw a polygon")
+        shapes.append(Shape(str(one["label"]), [np.ravel(points).tolist()]))
+    return {path.stem: Drawing((content["imageHeight"], content["imageWidth"]), shapes)}
+
+
+def _cvat(path: Path) -> dict[str, Drawing]:
+    """CVAT for images 1.1. Source: https://docs.cvat.ai/docs/dataset_management/formats/ ."""
+    found = {}
+    for image in ElementTree.parse(path).getroot().iter("image"):
+        shapes = []
+        drawn = [one for one in image if one.tag not in ("tag",)]
+        for one in sorted(drawn, key=lambda one: int(one.get("z_order", "0"))):
+            if one.tag == "box":
+                points = _corners(
+                    *(float(one.attrib[side]) for side in ("xtl", "ytl", "xbr", "ybr"))
+                )
+            elif one.tag == "polygon":
+                points = [
+                    [float(x) for x in pair.split(",")] for pair in one.attrib["points"].split(";")
+                ]
+            else:
+                raise ValueError(f"a {one.tag} of {one.get('label')!r}; export polygons")
+            shapes.append(Shape(one.attrib["label"], [np.ravel(points).tolist()]))
+        size = int(image.attrib["height"]), int(image.attrib["width"])
+        found[image.attrib["name"]] = Drawing(size, shapes)
+    return found
+
+
+def _yolo(path: Path) -> dict[str, Drawing]:
+    """Source: https://docs.ultralytics.com/datasets/segment/ ."""
+    shapes = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if line.strip():
+            label, *outline = line.split()
+            if len(outline) < 6:
+                raise ValueError(f"{len(outline)} numbers are no outline: {line!r}")
+            shapes.append(Shape(int(label), [[float(x) for x in outline]]))
+    return {path.stem: Drawing(None, shapes)}
+
+
+def _corners(x: float, y: float, right: float, bottom: float) -> list[list[float]]:
+    return [[x, y], [right, y], [right, bottom], [x, bottom]]
+
+
+# By format: the suffix of its files, and what reads one. A file of LabelMe or YOLO is one image's.
+PARSERS: dict[str, tuple[str, Callable[[Path], dict[str, Drawing]]]] = {
+    "coco": (".json", _coco),
+    "labelme": (".json", _labelme),
+    "cvat": (".xml", _cvat),
+    "yolo": (".txt", _yolo),
+}
+ONE_EACH = ("labelme", "yolo")
+
+
+def by_image(
+    kind: str, place: Path, images: Mapping[str, Path]
+) -> tuple[dict[str, Path], list[str]]:
+    """{an image's stem: the file that has its drawing}, and the problems met, a line each.
+
+    `place` is a file, or a folder of them; `images` are those of the data set, by stem.
+    """
+    suffix = PARSERS[kind][0]
+    files = [place] if place.is_file() else sorted(place.rglob(f"*{suffix}"))
+    problems = [] if files else [f"{place}: no {suffix} file of {kind}"]
+    found: dict[str, Path] = {}
+    last = {stem.rpartition("/")[2]: stem for stem in images}
+    for file in files:
+        if kind in ONE_EACH:
+            found[file.relative_to(place).with_suffix("").as_posix()] = file
+            continue
+        try:
+            names = drawings(kind, file)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        for name in names:
+            stem = Path(name).with_suffix("").as_posix()
+            found[stem if stem in images else last.get(Path(name).stem, stem)] = file
+    return found, problems
+
+
+def drawing_of(kind: str, file: Path, stem: str) -> Drawing:
+    """The drawing of an image in a file that `by_image` has found."""
+    named = {
+        Path(name).with_suffix("").as_posix(): one for name, one in drawings(kind, file).items()
+    }
+    return next(one for name, one in named.items() if name in (stem, stem.rpartition("/")[2]))
