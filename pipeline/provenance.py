@@ -84,12 +84,16 @@ def rebuild_commands(tags: Mapping[str, str]) -> list[str]:
     """The commands that give a run's result again, in a clone, by the run's own params.yaml."""
     name = tags.get("dvc.exp_name")
     if name and tags.get("git.dirty") == "true":  # the experiment's commit has the code, too
-        return [f"dvc exp apply {name}", "dvc pull --allow-missing", "dvc repro"]
+        return [
+            f"dvc exp apply {name}",
+            "dvc pull --allow-missing  # where there is a remote",
+            "dvc repro",
+        ]
     revision = tags.get("git.rev", "COMMIT")
     return [
         f"git checkout {revision}",
         f"# {PARAMS} as this run's artifact of that name has it",
-        "dvc pull --allow-missing",
+        "dvc pull --allow-missing  # where there is a remote",
         "dvc repro",
     ]
 

@@ -38,12 +38,11 @@ def test_every_way_of_running_is_one_run_in_one_store(project: Path) -> None:
     assert tags(project, "world_size") == ["2"]
 
     one = ("-S", "train.gpus=1")
-    for lr in ("0.005", "0.002"):
-        dvc(project, "exp", "run", "--queue", "-n", f"queued-{lr}", "-S", f"train.lr={lr}", *one)
+    dvc(project, "exp", "run", "--queue", "-n", "queued", "-S", "train.lr=0.005", *one)
     dvc(project, "queue", "start")
-    wait_for_queue(project, 2)
     dvc(project, "exp", "run", "--temp", "-n", "temporary", "-S", "train.lr=0.003", *one)
-    names = {"two-processes", "queued-0.005", "queued-0.002", "temporary"}
+    wait_for_queue(project, 1)
+    names = {"two-processes", "queued", "temporary"}
     assert set(tags(project, "dvc.exp_name")) == names
     assert len(tags(project, "world_size")) == len(names)
 
@@ -63,14 +62,14 @@ def test_every_way_of_running_is_one_run_in_one_store(project: Path) -> None:
     rows = {row["Experiment"]: row for row in shown(project)}
     assert names | {"cached"} <= rows.keys()
     assert all(float(rows[name]["mean_iou"]) >= 0 for name in names)
-    assert rows["queued-0.002"]["train.lr"] == "0.002"
-    assert rows["cached"]["mean_iou"] == rows["queued-0.005"]["mean_iou"]
+    assert rows["temporary"]["train.lr"] == "0.003"
+    assert rows["cached"]["mean_iou"] == rows["queued"]["mean_iou"]
 
 
 def test_results_can_be_compared(project: Path) -> None:
-    said = dvc(project, "metrics", "diff", "--all", "queued-0.005", "queued-0.002")
+    said = dvc(project, "metrics", "diff", "--all", "queued", "temporary")
     assert "mean_iou" in said
-    page = dvc(project, "plots", "diff", "queued-0.005", "queued-0.002").strip()
+    page = dvc(project, "plots", "diff", "queued", "temporary").strip()
     text = Path(page.removeprefix("file://")).read_text()
     for title in ("Training loss", "Mean IoU on val", "IoU of each class", "pixels of each class"):
         assert title in text

@@ -5,6 +5,7 @@ tests/unit/test_with_cp.py, auto_scale_lr in tests/unit/test_optimization.py.
 """
 
 import csv
+import json
 import shutil
 import subprocess
 import sys
@@ -76,10 +77,12 @@ def test_evaluation_happens_every_interval_and_at_the_end(project: Path) -> None
 
 
 def test_without_validation_nothing_is_evaluated(project: Path) -> None:
-    train(project, **{"train.validate": False})
+    train(project, **{"train.validate": False, "tracking.log_model": False})
     assert curve(project / "outputs/val.tsv", "mean_iou") == {}
     found = {path.name for path in (project / "outputs/checkpoints").iterdir()}
     assert found == {"last.pt", "model.safetensors"}
+    run_id = json.loads((project / "outputs/run.json").read_text())["run_id"]
+    assert not (project / "mlartifacts" / run_id / "artifacts/checkpoints").exists()
     assert load_model(project / "outputs/checkpoints/model.safetensors").temperature is None
 
 

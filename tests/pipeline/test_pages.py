@@ -32,7 +32,7 @@ def project(folder: Path) -> Path:
     make_project(folder, {"train": 8, "val": 2, "test": 7}, **{"data.classes": classes})
     dvc(folder, "repro")
     commit(folder, "Trained")
-    dvc(folder, "exp", "run", "--name", "faster", "-S", "train.lr=0.1")
+    dvc(folder, "exp", "run", "--name", "mirrored", "-S", "evaluation.flip=true")
     installed = ["make", "--silent", "--old-file=.venv/.installed"]  # by whoever runs the tests
     said = run([*installed, "plots", "REVS=workspace HEAD"], folder).stdout
     assert said.strip() == (folder / PAGES["plots"]).as_uri()
@@ -129,7 +129,7 @@ def test_the_report_shows_what_the_files_say(browser: Browser, project: Path) ->
     answer = f"Mean IoU {found['mean_iou']:.4f}, 95% interval {low:.4f} to {high:.4f}, on 7 images."
     assert answer in text
     identity = json.loads((project / "outputs/run.json").read_text())
-    for told in (identity["fingerprint"], identity["run_id"], "git checkout", "train.lr\t0.1"):
+    for told in (identity["fingerprint"], identity["run_id"], "git checkout", "train.lr\t0.01"):
         assert told in text
     pictures = browser.run("return document.querySelectorAll('.viewer').length")
     assert pictures == 6  # a third of seven images each: two of the worst, median and best

@@ -224,7 +224,8 @@ def test_a_checkpoint_of_mmsegmentation_is_measured_without_training(project: Pa
     measured = torch.load(project / "outputs/checkpoints/last.pt", weights_only=True)
     assert measured["iteration"] == 0
     assert all(measured["model"][name].equal(w) for name, w in trained["model"].items())
-    assert {path.name for path in (project / "outputs/checkpoints").iterdir()} == {"last.pt"}
+    names = {path.name for path in (project / "outputs/checkpoints").iterdir()}
+    assert names == {"last.pt", "model.safetensors"}
     run_id = json.loads((project / "outputs/run.json").read_text())["run_id"]
     assert parameters(project, run_id)["train.load_from"] == "pspnet.pth"
     assert points(project, run_id)["test/mean_iou", 0] == before["mean_iou"]

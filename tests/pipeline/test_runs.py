@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.disk import file_md5
-from tests.project import commit, dvc, make_project, metrics, query, run, set_params
+from tests.project import commit, dvc, make_project, metrics, query, run
 
 LOSS = "pipeline/models/losses.py"
 
@@ -83,10 +83,8 @@ def test_a_changed_line_of_the_loss_is_found(project: Path):
     larger = "        return {name: 1.001 * term for name, term in terms.items()}\n"
     loss.write_text(before.replace("        return terms\n", larger))
     run_id = ids(project)["0.01"]
-    same = runs(project, "--verify", run_id, "--until", "1")
     said = runs(project, "--verify", run_id, "--until", "1", "--code", "workspace", check=False)
     loss.write_text(before)
-    assert same.startswith("THE SAME: after 1 iterations")
     assert "error: DIFFERENT: after 1 iterations the weights' md5 is" in said
     assert "Traceback" not in said
 
@@ -94,6 +92,3 @@ def test_a_changed_line_of_the_loss_is_found(project: Path):
 def test_a_run_that_nobody_knows_is_named(project: Path):
     said = runs(project, "--reproduce", "nobody", check=False)
     assert said == "error: no run is called nobody; `python -m stages.runs` lists them\n"
-    set_params(project, {"tracking.experiment": "empty"})
-    assert runs(project).splitlines() == ["mean IoU  95%  run  experiment  status  differs in"]
-    set_params(project, {"tracking.experiment": "instep"})

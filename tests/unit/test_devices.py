@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from pipeline.evaluation.inference import Predictor
+from pipeline.evaluation.inference import Predictor, View
 from pipeline.models import HEADS, layers, set_loss, vit
 from pipeline.models.eomt import EoMT
 from pipeline.training.loop import train_step
@@ -110,8 +110,7 @@ def test_an_evaluation_stays_on_its_device_and_never_waits(head: str, pretend: C
             learner.network, learner.normalize, learner.precision, scale=None, window=None
         )
         images = torch.empty(2, 64, 96, 3, dtype=torch.uint8, device=CUDA)
-        view = predictor.view(learner.normalize(images))
-        scores = view.scores((64, 96), slice(0, 64))
+        scores = View(predictor, images).scores((64, 96), slice(0, 64))
         probabilities = learner.network.probabilities(scores)
     for result in (scores, probabilities):
         assert (result.device, result.dtype) == (CUDA, torch.float32)

@@ -351,7 +351,7 @@ def test_a_tiff_that_would_be_turned_is_refused(tmp_path: Path):
     Image.fromarray(photo(0, (2, 4))).save(turned, tiffinfo={274: 3})
     (tmp_path / "images/train/a.png").unlink()
     assert refused(layout(tmp_path, "pairs")) == [
-        "images/train/a.tif: its Orientation tag turns it; save it upright, without the tag"
+        "images/train/a.tif: its orientation tag turns it; save it upright, without the tag"
     ]
 
 

@@ -27,7 +27,10 @@ LEFT = {
     *(f"train.{name}" for name in ("gpus", "device", "workers", "seed", "deterministic")),
     "train.work_dir",
     "gate",
-    *(f"tracking.{name}" for name in ("uri", "experiment", "log_interval", "log_model")),
+    *(
+        f"tracking.{name}"
+        for name in ("uri", "experiment", "log_interval", "log_model", "registered_model")
+    ),
 }
 # Of the default head: with another one they may not be there.
 HEADS = {"model.head.channels", "model.loss.cross_entropy"}
