@@ -54,7 +54,8 @@ def one_of(runs: Sequence[TrackedRun], name: str) -> TrackedRun:
     Raises:
         ValueError: there is none, or more than one.
     """
-    found = [run for run in runs if name in (run.run_id, run.name, run.tags.get("dvc.exp_name"))]
+    last = f"({name})"  # by which a run's name ends: its experiment, or its fingerprint
+    found = [run for run in runs if name in (run.run_id, run.name) or run.name.endswith(last)]
     found = found or [run for run in runs if len(name) >= 4 and run.run_id.startswith(name)]
     if len(found) != 1:
         listed = ", ".join(run.run_id for run in found)
