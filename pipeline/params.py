@@ -7,7 +7,7 @@ together.
 import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -143,6 +143,12 @@ def plain(section: Section) -> dict[str, Any]:
     What the file leaves out is there with its default.
     """
     return section.model_dump(mode="json", by_alias=True)
+
+
+def differing(given: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of what is not the same in all of them."""
+    names = dict.fromkeys(name for own in given for name in own)
+    return [name for name in names if len({repr(own.get(name)) for own in given}) > 1]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

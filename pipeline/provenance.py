@@ -62,17 +62,15 @@ def changed_params(sections: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def changing(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of what is not equal in all of them."""
-    names = dict.fromkeys(name for run in runs for name in run)
-    return [name for name in names if len({str(run.get(name)) for run in runs}) > 1]
-
-
 def run_name(head: str, changed: Mapping[str, Any], last: str) -> str:
     """What a run is called: its network, what was changed for it, and a name that no other has."""
     told = [f"{name.rpartition('.')[2]} {_short(value)}" for name, value in changed.items()]
-    more = [f"{len(told) - NAMED} more"] if len(told) > NAMED else []
-    return f"{', '.join([head, *told[:NAMED], *more])} ({last})"
+    return f"{', '.join([head, *first_of(told, NAMED)])} ({last})"
+
+
+def first_of(told: Sequence[str], count: int) -> list[str]:
+    """So many texts, and how many more there are."""
+    return [*told[:count], *([f"{len(told) - count} more"] if len(told) > count else [])]
 
 
 def _short(value: Any) -> str:

@@ -11,10 +11,11 @@ from itertools import count, product
 from pathlib import Path
 
 from pipeline.data.store import INDEX, PREPARED, Store
-from pipeline.evaluation.comparison import Comparison, Group, compare, differing, gather
+from pipeline.evaluation.comparison import Comparison, Group, compare, gather
 from pipeline.experiment import load_params
 from pipeline.pages import score
 from pipeline.pages.comparison import comparison_page
+from pipeline.params import differing
 from pipeline.results import find
 from stages import run_main
 
@@ -65,7 +66,7 @@ def letters() -> Iterator[str]:
 
 def print_groups(groups: dict[str, Group]) -> None:
     """What is compared, and in which parameters it differs."""
-    names = differing([*groups.values()])
+    names = differing([group.params for group in groups.values()])
     for letter, group in groups.items():
         told = [f"{name}: {group.params.get(name, '-')}" for name in names]
         trained = f"{group.trainings} training{'s' * (group.trainings > 1)}"

@@ -19,9 +19,9 @@ from pipeline.evaluation.reliability import CALIBRATION, Reliability, calibratio
 from pipeline.evaluation.report import Masks, choose, write_overlays, write_plots
 from pipeline.evaluation.uncertainty import intervals
 from pipeline.experiment import Params, load_params
-from pipeline.models.weights import read_file
 from pipeline.params import flatten, plain
-from pipeline.prediction.model import build_predictor, calibrated, describe
+from pipeline.prediction.calibration import calibrated
+from pipeline.prediction.model import build_predictor, describe, describe_file
 from pipeline.provenance import dvc_tags, git_tags, rebuild_commands
 from pipeline.tracking import INTERVAL_TAG, open_evaluation_run
 from pipeline.training.checkpoint import Checkpoint, load_checkpoint
@@ -108,7 +108,7 @@ class Sureness:
     """
 
     def __init__(self, num_classes: int, path: Path) -> None:
-        self.temperature = describe(read_file(path), path).temperature
+        self.temperature = describe_file(path).temperature
         names = ("raw", "calibrated") if self.temperature else ("raw",)
         self.tables = {name: Reliability.empty(num_classes) for name in names}
 

@@ -12,7 +12,6 @@ from pipeline import load_model
 from pipeline.data.store import PREPARED, Store
 from pipeline.disk import MODEL, check_format, write_json
 from pipeline.experiment import Params, load_params
-from pipeline.models.weights import read_file
 from pipeline.prediction.export import (
     described,
     export_onnx,
@@ -20,6 +19,7 @@ from pipeline.prediction.export import (
     open_session,
     quantize,
 )
+from pipeline.prediction.model import describe_file
 from pipeline.prediction.parity import Measured, check, measure
 from pipeline.provenance import dvc_tags, git_tags
 from pipeline.registry import log_version
@@ -41,7 +41,7 @@ def run(params: Params, store: Store) -> None:
     check_format(identity, work_dir / "run.json", "run `dvc repro -f train`")
     weights = work_dir / "checkpoints" / MODEL
     model = load_model(weights, "cpu")
-    head = read_file(weights)["params"]["model"]["head"]["name"]
+    head = describe_file(weights).params.model.head.name
     predictor = in_one_view(model)
     folder = work_dir / "export"
     folder.mkdir(parents=True, exist_ok=True)

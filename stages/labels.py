@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline.data.splits import SPLITS
 from pipeline.data.store import PREPARED, Split, Store
 from pipeline.experiment import Params, load_params
 from pipeline.pages.labels import Suspect, labels_page, pictures
@@ -45,11 +44,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     params, store = load_params(), Store(PREPARED)
-    held = {
-        entry.name: (split, index)
-        for split in map(store.split, SPLITS)
-        for index, entry in enumerate(split.entries)
-    }
+    held = store.by_name()
     models: dict[str, Model] = {}
     for images, model in judges(options.names, params, store):
         for image in images:
@@ -67,7 +62,7 @@ def main() -> None:
     suspects = [
         show(image, models[image], held[image], store) for image, _ in listed[: options.shown]
     ]
-    legend = list(zip(store.classes, store.palette, strict=True))
+    legend = list(store.colours.items())
     options.out.write_text(labels_page(suspects, len(listed), legend), encoding="utf-8")
     for image, doubt in listed[:5]:
         print(f"{doubt.quality:.4f}  {image}")

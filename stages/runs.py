@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from pipeline.experiment import load_params
 from pipeline.pages import score
-from pipeline.provenance import changing
+from pipeline.params import differing
+from pipeline.provenance import first_of
 from pipeline.reproduction import commands, verify
 from pipeline.tracking import INTERVAL_TAG, TrackedRun, find_runs
 from stages import run_main
@@ -69,11 +70,10 @@ def one_of(runs: Sequence[TrackedRun], name: str) -> TrackedRun:
 
 def print_table(runs: Sequence[TrackedRun]) -> None:
     """A line a run: score, interval, id, experiment, status, and parameters that differ."""
-    names = changing([run.params for run in runs])
+    names = differing([run.params for run in runs])
     lines = [("mean IoU", "95%", "run", "experiment", "status", "differs in")]
     for run in sorted(runs, key=lambda run: -(score_of(run) or 0)):
         told = [f"{name}: {run.params.get(name, '-')}" for name in names]
-        more = [f"{len(told) - NAMED} more"] if len(told) > NAMED else []
         lines.append(
             (
                 score(score_of(run)),
@@ -81,7 +81,7 @@ def print_table(runs: Sequence[TrackedRun]) -> None:
                 run.run_id[:8],
                 run.tags.get("dvc.exp_name", "-"),
                 run.status,
-                ", ".join([*told[:NAMED], *more]),
+                ", ".join(first_of(told, NAMED)),
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines)]

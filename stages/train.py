@@ -131,7 +131,7 @@ def run(params: Params, device: torch.device, until: int | None) -> None:
                 writer=writer,
                 description=describe(params, store),
                 track=tracker.log,
-                show=partial(tracker.log_picture, colours=colours_of(store)),
+                show=partial(tracker.log_picture, colours=store.colours),
                 until=options.total if until is None else until,
             )
             if first and until is not None:
@@ -140,8 +140,14 @@ def run(params: Params, device: torch.device, until: int | None) -> None:
             if proper:
                 state.write_outputs(Path(options.work_dir))
                 write_model(params, store, learner)
-                machine = distributed.machine(device)
-                record_outputs(params, state, tracker, code=code, machine=machine)
+                record_outputs(
+                    params,
+                    state,
+                    tracker,
+                    code=code,
+                    hashes=progress.hashes,
+                    machine=distributed.machine(device),
+                )
 
 
 def result_of(params: Params) -> dict[str, Any]:
@@ -346,13 +352,14 @@ def predictor_of(params: Params, learner: Learner) -> Predictor:
     )
 
 
-def colours_of(store: Store) -> dict[str, Sequence[int]]:
-    """The colour of each class."""
-    return dict(zip(store.classes, store.palette, strict=True))
-
-
 def record_outputs(
-    params: Params, state: State, tracker: Tracker, *, code: str, machine: dict[str, Any]
+    params: Params,
+    state: State,
+    tracker: Tracker,
+    *,
+    code: str,
+    hashes: dict[str, str],
+    machine: dict[str, Any],
 ) -> None:
     """Write the run's identity; MLflow gets it with the log, params.yaml and mostly the model."""
     work_dir = Path(params.train.work_dir)
@@ -361,7 +368,7 @@ def record_outputs(
         run_id=tracker.run_id or state.run_id,  # an attempt may have opened it before this one
         fingerprint=state.fingerprint,
         code=code,
-        weights=state.load()["hashes"],
+        weights=hashes,
         machine=machine,
     )
     write_json(work_dir / "run.json", identity)

@@ -163,9 +163,8 @@ class Folders(Reader[P]):
 
     def read(self, record: Record) -> tuple[Array, Ids]:
         ids = self.ids(Path(record.target))
-        image, orientation = read_image(Path(record.image))
+        image, orientation = self.photograph(record)
         turned = orientation >= TRANSPOSED and ids.shape[0] != ids.shape[1]
-        image = upright(image, orientation) if self.exif == "apply" else image
         if turned and image.shape[:2] == ids.shape[::-1]:
             raise ValueError(
                 f"{record.image}: its target {record.target} is drawn for the photograph as it is "
@@ -173,6 +172,11 @@ class Folders(Reader[P]):
                 f"degrees; set data.exif: {'ignore' if self.exif == 'apply' else 'apply'}"
             )
         return image, ids
+
+    def photograph(self, record: Record) -> tuple[Array, int]:
+        """The image (H,W,3) as `data.exif` has it, and its EXIF orientation."""
+        stored, orientation = read_image(Path(record.image))
+        return upright(stored, orientation) if self.exif == "apply" else stored, orientation
 
     def ids(self, target: Path) -> Ids:
         """The ids of a target's pixels, (H,W)."""
@@ -295,9 +299,7 @@ class Outlines(Folders[OutlinesParams]):
         return found, problems + more + missing
 
     def read(self, record: Record) -> tuple[Array, Ids]:
-        image, orientation = read_image(Path(record.image))
-        if self.exif == "apply":
-            image = np.ascontiguousarray(upright(image, orientation))
+        image, _ = self.photograph(record)
         background = self.ignore_index
         if self.params.background is not None:
             background = list(self.classes).index(self.params.background)

@@ -6,7 +6,7 @@ the later one counts.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -80,15 +80,16 @@ def _uncounted(given: Any) -> bool:
     return isinstance(given, list) or isinstance(given["counts"], list)
 
 
-@cache
+@lru_cache(maxsize=16)  # files of many images; one that has a single image is read once anyway
 def drawings(kind: str, path: Path) -> dict[str, Drawing]:
-    """The drawings in a file, by the path of each image below the folder of images.
+    """The drawings in a file, by the path of each image without its suffix, as the file has it.
 
     Raises:
         ValueError: the file can't be read as one of this kind; the text names it.
     """
     try:
-        return PARSERS[kind][1](path)
+        found = PARSERS[kind][1](path)
+        return {Path(name).with_suffix("").as_posix(): one for name, one in found.items()}
     except (ValueError, KeyError, TypeError, IndexError, OSError, ElementTree.ParseError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: can't be read as a file of {kind} ({reason})") from None
@@ -191,19 +192,16 @@ def by_image(
             found[file.relative_to(place).with_suffix("").as_posix()] = file
             continue
         try:
-            names = drawings(kind, file)
+            names = drawings(kind, file).keys()
         except ValueError as error:
             problems.append(str(error))
             continue
-        for name in names:
-            stem = Path(name).with_suffix("").as_posix()
-            found[stem if stem in images else last.get(Path(name).stem, stem)] = file
+        for stem in names:
+            found[stem if stem in images else last.get(stem.rpartition("/")[2], stem)] = file
     return found, problems
 
 
 def drawing_of(kind: str, file: Path, stem: str) -> Drawing:
     """The drawing of an image in a file that `by_image` has found."""
-    named = {
-        Path(name).with_suffix("").as_posix(): one for name, one in drawings(kind, file).items()
-    }
-    return next(one for name, one in named.items() if name in (stem, stem.rpartition("/")[2]))
+    held = drawings(kind, file)
+    return held[stem if stem in held else stem.rpartition("/")[2]]

@@ -118,6 +118,19 @@ class Store:
         """One of train, val and test; the last two may be empty."""
         return Split(self.folder, [Entry._make(values) for values in self._splits[name]])
 
+    def by_name(self) -> dict[str, tuple[Split, int]]:
+        """Where each image lies: its split, and its index there."""
+        return {
+            entry.name: (split, index)
+            for split in map(self.split, self._splits)
+            for index, entry in enumerate(split.entries)
+        }
+
+    @property
+    def colours(self) -> dict[str, tuple[int, ...]]:
+        """The colour of each class, red, green, blue, by its name."""
+        return dict(zip(self.classes, self.palette, strict=True))
+
     def require(self, split: str, asked: str, remedy: str) -> None:
         """Raise a ValueError where a split that a parameter asks for has no labelled image."""
         if not self._splits[split]:

@@ -285,13 +285,6 @@ def worse(comparison: Comparison, gate: GateParams) -> list[str]:
     return lost
 
 
-def differing(groups: Sequence[Group]) -> list[str]:
-    """The names among their `params` of what is not the same in all groups."""
-    params = [group.params for group in groups]
-    names = dict.fromkeys(name for own in params for name in own)
-    return [name for name in names if len({repr(own.get(name)) for own in params}) > 1]
-
-
 def gather(results: Iterable[Result]) -> list[Group]:
     """Put the trainings together that differ in nothing but the seed, or the fold.
 

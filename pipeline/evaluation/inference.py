@@ -285,18 +285,24 @@ def evaluate_images(
     found = []
     for batch in _batches(split, _own(split), predictor.batch_size):
         images, targets = zip(*(split[index] for index in batch), strict=True)
-        labelled = [np.flatnonzero(target != ignore_index) for target in targets]
-        pixels = [places[spread(len(places), PIXELS)] for places in labelled]
+        pixels = [some_labelled(target, ignore_index) for target in targets]
         predicted, probabilities = predictor.predict_at(list(images), pixels)
-        for index, target, prediction in zip(batch, targets, predicted, strict=True):
+        for index, target, places, prediction, sure in zip(
+            batch, targets, pixels, predicted, probabilities, strict=True
+        ):
             keep(index, prediction)
+            look(sure, target.ravel()[places])
             areas = image_areas(
                 index, target, prediction, num_classes=num_classes, ignore_index=ignore_index
             )
             found.append(areas)
-        for target, places, own in zip(targets, pixels, probabilities, strict=True):
-            look(own, target.ravel()[places])
     return [one for part in distributed.gather_objects(found) for one in part]
+
+
+def some_labelled(target: Array, ignore_index: int) -> NDArray[np.intp]:
+    """The places of a target's labelled pixels, row by row: PIXELS of them, or all."""
+    places = np.flatnonzero(target != ignore_index)
+    return places[spread(len(places), PIXELS)]
 
 
 def _own(split: Split) -> list[int]:

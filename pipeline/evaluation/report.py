@@ -109,10 +109,9 @@ def write_overlays(
     """One PNG for each chosen image, as `panel` draws it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    colours = dict(zip(store.classes, store.palette, strict=True))
     for name, index in chosen:
         image, target = split[index]
-        picture = panel(image, target, masks.read(index), colours)
+        picture = panel(image, target, masks.read(index), store.colours)
         stem = re.sub(r"[^\w\-]+", "_", split.entries[index].name)[-60:]  # names have a limit
         (folder / f"{name}_{stem}.png").write_bytes(png(picture))
 

@@ -6,6 +6,8 @@ MMSegmentation and of EoMT, and bare state_dicts, such as timm's and OpenMMLab's
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -68,15 +70,35 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_description(path: Path) -> dict[str, Any]:
+    """What a file of safetensors of ours says of its weights; nothing of another tool's.
+
+    Raises:
+        ValueError: the file can't be read.
+    """
+    with _opened(path) as file:
+        return _described(file)
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
     """The tensors by name; of a file of ours its description, and below `model` the tensors."""
+    with _opened(path) as file:
+        described = _described(file)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return {**described, "model": tensors} if described else tensors
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
-            described = (file.metadata() or {}).get(DESCRIPTION)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors if described is None else {**json.loads(described), "model": tensors}
-    except (SafetensorError, TypeError, ValueError) as error:
+            yield file
+    except (SafetensorError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path}: not a file of safetensors that can be read: {error}") from None
+
+
+def _described(file: Any) -> dict[str, Any]:
+    return dict(json.loads((file.metadata() or {}).get(DESCRIPTION, "{}")))
 
 
 def _read_pickle(path: Path) -> Any:

@@ -39,4 +39,9 @@ def percent(share: float | None) -> str:
 
 def embedded(picture: Array) -> str:
     """A picture (H,W,3) as the address of an <img>."""
-    return "data:image/png;base64," + base64.b64encode(png(picture)).decode()
+    return address(png(picture), "png")
+
+
+def address(content: bytes, kind: str) -> str:
+    """The content of an image's file, png or jpeg, as the address of an <img>."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from pipeline.data.splits import SPLITS
 from pipeline.data.store import Store
-from pipeline.evaluation.comparison import Comparison, Group, differing
+from pipeline.evaluation.comparison import Comparison, Group
 from pipeline.evaluation.report import blend, shrunk
 from pipeline.evaluation.uncertainty import DRAWS
 from pipeline.pages import embedded, render
+from pipeline.params import differing
 
 SHOWN = 6  # images
 LONGEST = 640  # pixels of a picture's longer side: a page shows it no larger
@@ -41,7 +41,7 @@ def comparison_page(
         "comparison.html",
         first=first,
         groups=groups,
-        differing=differing([*groups.values()]),
+        differing=differing([group.params for group in groups.values()]),
         comparisons=comparisons,
         draws=f"{DRAWS:,}",
         shown=SHOWN,
@@ -53,7 +53,7 @@ def comparison_page(
             for letter, one in comparisons.items()
             if photos
         },
-        legend=list(zip(store.classes, store.palette, strict=True)) if store else [],
+        legend=list(store.colours.items()) if store else [],
     )
 
 
@@ -64,12 +64,7 @@ class _Photos:
         self._store = store
         self._names = group.names.tolist()
         self._labelled = group.areas[:, 0, 1]
-        splits = [store.split(name) for name in SPLITS]
-        self._held = {
-            entry.name: (split, index)
-            for split in splits
-            for index, entry in enumerate(split.entries)
-        }
+        self._held = store.by_name()
 
     def pictures(self, place: int, groups: Mapping[str, Group]) -> list[Picture]:
         """The image, its target over it, and the first prediction that each group has kept."""

@@ -1,6 +1,5 @@
 """The page of an evaluation: its scores, curves, errors and calibration, and what it comes from."""
 
-import base64
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from pipeline.evaluation.metrics import iou_of, mean_of
 from pipeline.evaluation.per_image import PerImage
 from pipeline.evaluation.reliability import BINS, Reliability, read_calibration
 from pipeline.evaluation.report import OPACITY, choose, shrunk
-from pipeline.pages import render
+from pipeline.pages import address, render
 from pipeline.pages.charts import Chart, line_chart
 
 LONGEST = 640  # pixels of a picture's longer side: a page shows it no larger
@@ -90,7 +89,7 @@ def report_page(evaluation: Evaluation) -> str:
         confusion=confusion.tolist() if few else None,
         pairs=confused(confusion, classes, PAIRS),
         gallery=gallery(evaluation),
-        legend=list(zip(classes, store.palette, strict=True)),
+        legend=list(store.colours.items()),
         marks=[("wrong", WRONG[:3]), ("not labelled", UNLABELLED[:3])],
         places=places(split, evaluation.mask, store.ignore_index),
         tables=tables,
@@ -201,7 +200,7 @@ def _layer(ids: Array, colours: Sequence[Colour]) -> str:
     picture.putpalette([level for colour in colours for level in colour[:3]])
     file = io.BytesIO()
     picture.save(file, "PNG", transparency=bytes(colour[3] for colour in colours))
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return address(file.getvalue(), "png")
 
 
 def _photo(image: Array) -> str:
@@ -210,7 +209,7 @@ def _photo(image: Array) -> str:
         ".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, QUALITY]
     )
     assert done, "OpenCV encodes any uint8 picture"
-    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
+    return address(data.tobytes(), "jpeg")
 
 
 def _plain(value: Any) -> str:

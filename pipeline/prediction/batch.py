@@ -6,10 +6,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from glob import iglob
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import cv2
 import numpy as np
@@ -278,26 +277,26 @@ def _write(
     batch: Sequence[Read], sinks: Sequence[Sink], model: Model, folder: Folder, log: TextIO
 ) -> None:
     """Write the results of some photographs, and note each when it has all of them."""
-    for (photograph, stored, orientation), sink in zip(batch, sinks, strict=True):
-        name, ids = photograph.name, sink.ids
-        note: dict[str, Any] = {"name": name, "file": _stamp(photograph.path)}
-        note |= {"height": ids.shape[0], "width": ids.shape[1]}
-        if sink.confidence is not None:
-            content = png(sink.confidence)
-            write_atomically(folder.file("confidence", name), partial(_write_bytes, content))
-            note["confidence"] = round(float(sink.confidence.mean(dtype=np.float64)) / 255, 4)
-        if isinstance(sink.probabilities, np.memmap):
-            sink.probabilities.flush()
-        small = shrunk(stored, LONGEST, cv2.INTER_AREA)
-        over = blend(small, shrunk(ids, LONGEST, cv2.INTER_NEAREST), model.palette)
-        picture = Image.fromarray(np.ascontiguousarray(upright(over, orientation)))
-        write_atomically(folder.file("overlays", name), partial(picture.save, format="JPEG"))
-        save_mask = partial(write_mask, ids=ids, palette=model.palette)
-        write_atomically(folder.file("masks", name), save_mask)
-        note["pixels"] = list(areas(ids, model.classes).values())
-        log.write(json.dumps(note) + "\n")
+    for one, sink in zip(batch, sinks, strict=True):
+        log.write(json.dumps(_write_one(one, sink, model, folder)) + "\n")
         log.flush()
 
 
-def _write_bytes(content: bytes, file: BinaryIO) -> None:
-    file.write(content)
+def _write_one(one: Read, sink: Sink, model: Model, folder: Folder) -> dict[str, Any]:
+    """Write the results of a photograph; what is to be noted of them."""
+    (path, name), ids = one.photograph, sink.ids
+    note: dict[str, Any] = {"name": name, "file": _stamp(path)}
+    note |= {"height": ids.shape[0], "width": ids.shape[1]}
+    if sink.confidence is not None:
+        content = png(sink.confidence)
+        write_atomically(folder.file("confidence", name), lambda file: file.write(content))
+        note["confidence"] = round(float(sink.confidence.mean(dtype=np.float64)) / 255, 4)
+    if isinstance(sink.probabilities, np.memmap):
+        sink.probabilities.flush()
+    small = shrunk(one.stored, LONGEST, cv2.INTER_AREA)
+    over = blend(small, shrunk(ids, LONGEST, cv2.INTER_NEAREST), model.palette)
+    picture = Image.fromarray(np.ascontiguousarray(upright(over, one.orientation)))
+    write_atomically(folder.file("overlays", name), lambda file: picture.save(file, "JPEG"))
+    masks = folder.file("masks", name)
+    write_atomically(masks, lambda file: write_mask(file, ids, model.palette))
+    return note | {"pixels": list(areas(ids, model.classes).values())}

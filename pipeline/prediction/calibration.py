@@ -2,10 +2,11 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.store import Split, spread
-from pipeline.evaluation.inference import PIXELS, Predictor
+from pipeline.evaluation.inference import Predictor, some_labelled
 
 IMAGES = 256  # at most, spread over the split
 TEMPERATURES = (2.0 ** np.arange(-4, 4.01, 0.125)).tolist()
@@ -25,10 +26,9 @@ def fit_temperature(
     count = 0
     for index in spread(len(split), IMAGES).tolist():
         image, target = split[index]
-        labelled = np.flatnonzero(target != ignore_index)
-        labelled = labelled[spread(len(labelled), PIXELS)]
+        labelled = some_labelled(target, ignore_index)
         _, (probabilities,) = predictor.predict_at([image], [labelled])
-        logs = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
+        logs = logarithms(probabilities)
         labels = torch.from_numpy(target.ravel()[labelled].astype(np.int64)).to(logs.device)
         losses += torch.stack(
             [F.cross_entropy(logs / t, labels, reduction="sum").double() for t in TEMPERATURES]
@@ -43,6 +43,21 @@ def fit_temperature(
         means[TEMPERATURES.index(1.0)],
         means[best],
     )
+
+
+def calibrated(probabilities: Tensor, temperature: float | None) -> Tensor:
+    """Probabilities (N,C,...) -> the same, less sure where the temperature is above 1.
+
+    For a softmax of logits this is the softmax of logits / temperature.
+    """
+    if temperature is None:
+        return probabilities
+    return logarithms(probabilities).div_(temperature).movedim(1, -1).softmax(dim=-1).movedim(-1, 1)
+
+
+def logarithms(probabilities: Tensor) -> Tensor:
+    """Of probabilities, which may be 0: a new tensor, finite everywhere."""
+    return probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log_()
 
 
 def _lowest(means: list[float], best: int) -> float:

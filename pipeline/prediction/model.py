@@ -21,9 +21,10 @@ from pipeline.evaluation.inference import Predictor
 from pipeline.evaluation.report import blend, write_mask
 from pipeline.models import ModelParams, build_model
 from pipeline.models.network import Labels
-from pipeline.models.weights import averaged, is_own, read_file
+from pipeline.models.weights import averaged, is_own, read_description, read_file
 from pipeline.params import Above0, Colour, Grey, Section, Size
 from pipeline.precision import PRECISIONS, Normalization
+from pipeline.prediction.calibration import calibrated
 from pipeline.training.checkpoint import fill
 
 # A whole image of more pixels than this, as the network is to see it, is predicted by windows: what
@@ -239,17 +240,6 @@ def _scaled(probabilities: Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.rint(given * np.iinfo(dtype).max) if np.issubdtype(dtype, np.integer) else given
 
 
-def calibrated(probabilities: Tensor, temperature: float | None) -> Tensor:
-    """Probabilities (N,C,...) -> the same, less sure where the temperature is above 1.
-
-    For a softmax of logits this is the softmax of logits / temperature.
-    """
-    if temperature is None:
-        return probabilities
-    logs = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log_()
-    return logs.div_(temperature).movedim(1, -1).softmax(dim=-1).movedim(-1, 1)
-
-
 def load_model(
     path: "str | PathLike[str]",
     device: str | None = None,
@@ -284,6 +274,15 @@ def load_model(
         temperature=described.temperature,
         predictor=replace(predictor, scales=tuple(scales), flip=flip),
     )
+
+
+def describe_file(path: Path) -> _Described:
+    """What a file of safetensors says of its weights, which are not read.
+
+    Raises:
+        ValueError: it is not what this tool writes.
+    """
+    return describe(read_description(path), path)
 
 
 def describe(content: Mapping[str, Any], path: Path) -> _Described:

@@ -132,7 +132,7 @@ def train(
             progress.history.append(entry)
             track(entry)
             log.info("%s", summary_line(entry, "  "))
-        if progress.iteration in HASHED or progress.iteration == until or ended:
+        if main and (progress.iteration in HASHED or progress.iteration == until or ended):
             progress.hashes[str(progress.iteration)] = weights_md5(learner.network)
         if saved and main:
             save_progress(learner, progress, state, description, writer=writer, improved=improved)

@@ -13,13 +13,13 @@ from pipeline.evaluation.comparison import (
     Result,
     Variance,
     compare,
-    differing,
     gather,
     half_interval,
     worse,
 )
 from pipeline.evaluation.metrics import ImageAreas
 from pipeline.evaluation.per_image import Origin, PerImage
+from pipeline.params import differing
 
 
 def result(name: str, right: Any, changes: dict[str, Any] | None = None, **origin: Any) -> Result:
@@ -71,7 +71,7 @@ def test_trainings_that_differ_in_the_seed_are_one_group():
     groups = gather(results)
     assert [one.name for one in groups] == ["a, c", "b", "d"]
     assert [one.trainings for one in groups] == [2, 1, 1]
-    assert differing(groups) == ["train.lr", "code"]
+    assert differing([group.params for group in groups]) == ["train.lr", "code"]
 
 
 def test_a_training_that_is_named_twice_is_refused():

@@ -20,8 +20,8 @@ from pipeline.models.weights import classes_of, read_file, weights_of
 from pipeline.precision import PRECISIONS, Normalization
 from pipeline.prediction import model as prediction
 from pipeline.prediction.batch import find_photographs
-from pipeline.prediction.calibration import fit_temperature
-from pipeline.prediction.model import Model, calibrated
+from pipeline.prediction.calibration import calibrated, fit_temperature
+from pipeline.prediction.model import Model
 from pipeline.training.checkpoint import build_checkpoint, load_checkpoint, save, save_model
 from pipeline.training.state import result_params
 from tests.unit.pairs import photo

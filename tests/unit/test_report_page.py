@@ -25,6 +25,7 @@ class Stored:
     def __init__(self, folder: Path, classes: list[str], targets: list[Array]) -> None:
         self.classes = classes
         self.palette = [(number, 0, 0) for number in range(len(classes))]
+        self.colours = dict(zip(classes, self.palette, strict=True))
         entries, offset = [], 0
         with (folder / "a.bin").open("wb") as file:
             for number, target in enumerate(targets):
