@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import InputError
+
 # The version of every file that this tool writes for itself to read. Raise it with their content.
 FORMAT = 3
 MODEL = "model.safetensors"  # what predictions need of a training, beside its checkpoints
@@ -16,11 +18,11 @@ def check_format(content: Mapping[str, Any], path: Path | str, remedy: str) -> N
     """Refuse a file of another version of this tool.
 
     Raises:
-        ValueError: names the file, both versions and the remedy.
+        InputError: names the file, both versions and the remedy.
     """
     found = content.get("format")
     if found != FORMAT:
-        raise ValueError(
+        raise InputError(
             f"{path} has format {found}, and this version of the tool reads format {FORMAT}; "
             f"{remedy}, or use the version that wrote it"
         )

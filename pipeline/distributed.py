@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.errors import InputError
+
 
 def rank() -> int:
     """This process's number, 0 without a process group."""
@@ -69,13 +71,13 @@ def check_devices(device: str, gpus: int, option: str = "train.") -> None:
     `option` is what stands before `device` and `gpus` where a user sets them.
 
     Raises:
-        ValueError: names the parameter, what was asked for and what is there.
+        InputError: names the parameter, what was asked for and what is there.
     """
     there = torch.cuda.device_count()
     if device == "cuda" and not there:
-        raise ValueError(f"{option}device: cuda, but this machine shows no GPU; use auto or cpu")
+        raise InputError(f"{option}device: cuda, but this machine shows no GPU; use auto or cpu")
     if device != "cpu" and 0 < there < gpus:
-        raise ValueError(
+        raise InputError(
             f"{option}gpus: {gpus}, but this machine shows {there}; use at most {there}, or "
             f"{option}device=cpu"
         )
@@ -316,12 +318,12 @@ def synchronize_batch_norm(model: nn.Module) -> nn.Module:
     """Replace every BN layer below `model` by a synchronous one that holds the same tensors.
 
     Raises:
-        ValueError: names a BN layer of a kind that is not known to be replaced exactly.
+        InputError: names a BN layer of a kind that is not known to be replaced exactly.
     """
     for name, child in model.named_children():
         if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
             if not (isinstance(child, nn.BatchNorm2d) and child.affine):
-                raise ValueError(
+                raise InputError(
                     f"{name}: {type(child).__name__} has no synchronous form; use train.gpus: 1"
                 )
             setattr(model, name, SyncBatchNorm(child))

@@ -11,6 +11,7 @@ from pydantic import model_validator
 
 from pipeline.data.params import DataParams
 from pipeline.data.transforms import AugmentationParams
+from pipeline.errors import InputError
 from pipeline.evaluation.comparison import GateParams
 from pipeline.evaluation.inference import EvaluationParams
 from pipeline.models import ModelParams, head_of
@@ -35,7 +36,7 @@ class Params(Section):
         weights = self.model.loss and self.model.loss.class_weights
         classes = len(self.data.classes)
         if isinstance(weights, tuple) and len(weights) != classes:
-            raise ValueError(
+            raise InputError(
                 f"model.loss.class_weights has {len(weights)} numbers for the {classes} "
                 "data.classes; give one a class, or balanced"
             )
@@ -59,7 +60,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read and check params.yaml.
 
     Raises:
-        ValueError: every unknown key, wrong type and value out of range at once, each with the
+        InputError: every unknown key, wrong type and value out of range at once, each with the
             rule and, for a key, the nearest valid name.
     """
     return read_section(Params, path)

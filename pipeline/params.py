@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.errors import InputError
 from pipeline.yaml12 import read_yaml
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -51,12 +52,12 @@ def one_of(what: str, given: str, valid: Iterable[str], also: str = "") -> None:
     """Refuse a name that is not valid.
 
     Raises:
-        ValueError: says what was given, the nearest valid name and all the others; `also` adds
+        InputError: says what was given, the nearest valid name and all the others; `also` adds
             what else would be valid.
     """
     names = list(valid)
     if given not in names:
-        raise ValueError(
+        raise InputError(
             f"{what} {given!r} is unknown; did you mean {nearest(given, names)}? "
             f"It is one of {', '.join(names)}{also}"
         )
@@ -66,20 +67,20 @@ def choose(table: Mapping[str, type[N]], given: Any, also: str = "") -> N:
     """The section that `given["name"]` chooses from a table of sections, filled and checked.
 
     Raises:
-        ValueError: the name is unknown, or a key does not belong to what it chooses: then it says
+        InputError: the name is unknown, or a key does not belong to what it chooses: then it says
             to which of the others the key belongs, or the nearest valid key.
     """
     if isinstance(given, Named):
         return given  # type: ignore[return-value]  # checked before
     if not isinstance(given, dict) or not isinstance(given.get("name"), str):
-        raise ValueError(f"must be a section with a name: one of {', '.join(table)}{also}")
+        raise InputError(f"must be a section with a name: one of {', '.join(table)}{also}")
     name = given["name"]
     one_of("name", name, table, also)
     own = table[name].model_fields
     for key in given.keys() - own.keys():
         others = [other for other, section in table.items() if key in section.model_fields]
         hint = f"it belongs to {', '.join(others)}" if others else ""
-        raise ValueError(f"{name} has no parameter {key}; {hint or _did_you_mean(key, own)}")
+        raise InputError(f"{name} has no parameter {key}; {hint or _did_you_mean(key, own)}")
     return table[name].model_validate_json(json.dumps(given))
 
 
@@ -87,19 +88,19 @@ def read_section(root: type[S], path: Path = Path("params.yaml")) -> S:
     """Read params.yaml, or a file like it, and check it against the class of the whole.
 
     Raises:
-        ValueError: every unknown key, wrong type and value out of range at once, each with the
+        InputError: every unknown key, wrong type and value out of range at once, each with the
             rule and, for a key, the nearest valid name.
     """
     document = read_yaml(path)
     if not isinstance(document, dict):
-        raise ValueError(f"{path}: must hold the sections {', '.join(root.model_fields)}")
+        raise InputError(f"{path}: must hold the sections {', '.join(root.model_fields)}")
     try:
         return root.model_validate_json(json.dumps(document))
     except ValidationError as error:
         findings = [f"  {_explain(root, finding)}" for finding in error.errors()]
-        raise ValueError("\n".join([f"{path} can't be used:", *findings])) from None
+        raise InputError("\n".join([f"{path} can't be used:", *findings])) from None
     except TypeError as error:  # a key or value that JSON has no word for
-        raise ValueError(f"{path} can't be used: {error}") from None
+        raise InputError(f"{path} can't be used: {error}") from None
 
 
 def _explain(root: type[Section], finding: Any) -> str:

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.errors import InputError
 from pipeline.params import flatten, main_checkout
 from pipeline.yaml12 import parse_yaml
 
@@ -50,7 +51,7 @@ def changed_params(sections: dict[str, Any]) -> dict[str, Any]:
         return {}
     try:
         before = flatten(parse_yaml(committed, PARAMS))
-    except ValueError:
+    except InputError:
         return {}
     return {
         name: value
@@ -100,7 +101,7 @@ def revision_of(name: str) -> str:
     """The commit of a DVC experiment or of any git revision of the main checkout.
 
     Raises:
-        ValueError: nothing is called so.
+        InputError: nothing is called so.
     """
     there = ("-C", str(main_checkout()))
     listed = _git([*there, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps"]) or ""
@@ -110,7 +111,7 @@ def revision_of(name: str) -> str:
             return commit
     commit = _git([*there, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"]) or ""
     if not commit:
-        raise ValueError(f"{name} is no experiment and no revision; `dvc exp list` names the first")
+        raise InputError(f"{name} is no experiment and no revision; `dvc exp list` names the first")
     return commit.strip()
 
 

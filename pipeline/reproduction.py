@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.store import PREPARED, Store
+from pipeline.errors import InputError
 from pipeline.params import main_checkout
 from pipeline.provenance import PARAMS, revision_of
 from pipeline.results import WORKSPACE
@@ -25,7 +26,7 @@ def commands(run: TrackedRun, tracking: TrackingParams) -> list[str]:
     """The commands that give a run's result again, from nothing.
 
     Raises:
-        ValueError: the run is not tracked to a commit, or MLflow does not hold its parameters.
+        InputError: the run is not tracked to a commit, or MLflow does not hold its parameters.
     """
     revision, doubt = _revision(run)
     params = _artifact(run, tracking, PARAMS)
@@ -51,7 +52,7 @@ def verify(run: TrackedRun, tracking: TrackingParams, *, until: int, code: str |
     `code` is a revision, or `workspace` for the files that lie here; None: the run's own.
 
     Raises:
-        ValueError: data or weights are others, which it names, or it can't be known.
+        InputError: data or weights are others, which it names, or it can't be known.
     """
     identity = json.loads(_artifact(run, tracking, "run.json"))
     params = _artifact(run, tracking, PARAMS)
@@ -67,7 +68,7 @@ def verify(run: TrackedRun, tracking: TrackingParams, *, until: int, code: str |
         _run(clone, ["dvc", "repro", "--quiet", "prepare"])
         data = Store(clone / PREPARED).md5
         if data != run.tags.get("data.md5"):
-            raise ValueError(
+            raise InputError(
                 f"the data set is another: its md5 is {data}, and the run's was "
                 f"{run.tags.get('data.md5')}"
             )
@@ -77,7 +78,7 @@ def verify(run: TrackedRun, tracking: TrackingParams, *, until: int, code: str |
     held = identity["weights"]
     both = sorted(found.keys() & held.keys(), key=int)
     if not both:
-        raise ValueError(
+        raise InputError(
             f"the run keeps the weights' md5 after {', '.join(held)} iterations; --until must "
             "reach one of them"
         )
@@ -85,7 +86,7 @@ def verify(run: TrackedRun, tracking: TrackingParams, *, until: int, code: str |
     if different:
         first = different[0]
         trained = ", ".join(f"{name} {value}" for name, value in identity["machine"].items())
-        raise ValueError(
+        raise InputError(
             f"DIFFERENT: after {first} iterations the weights' md5 is {found[first]}, and the "
             f"run's was {held[first]}. The run was computed on: {trained}; on another processor, "
             "number of threads or version of torch the last digits differ"
@@ -100,7 +101,7 @@ def verify(run: TrackedRun, tracking: TrackingParams, *, until: int, code: str |
 def _artifact(run: TrackedRun, tracking: TrackingParams, name: str) -> bytes:
     content = artifact_of(tracking, run.run_id, Path(name))
     if content is None:
-        raise ValueError(f"run {run.run_id} holds no {name}: its training did not end")
+        raise InputError(f"run {run.run_id} holds no {name}: its training did not end")
     return content
 
 
@@ -108,13 +109,13 @@ def _revision(run: TrackedRun) -> tuple[str, str]:
     """The commit that has a run's code, and why it may not be quite so."""
     revision, name = run.tags.get("git.rev"), run.tags.get("dvc.exp_name")
     if revision is None:
-        raise ValueError(f"run {run.run_id} is not tracked to a commit: it ran without git")
+        raise InputError(f"run {run.run_id} is not tracked to a commit: it ran without git")
     if run.tags.get("git.dirty") != "true":
         return revision, ""
     if name:  # whose commit has the changes, too
         try:
             return revision_of(name), ""
-        except ValueError:
+        except InputError:
             pass
     return revision, "the code had changes that were not committed"
 
@@ -152,11 +153,11 @@ def _run(folder: Path, command: list[str]) -> str:
     """What a command prints.
 
     Raises:
-        ValueError: it failed; the text is the end of what it said.
+        InputError: it failed; the text is the end of what it said.
     """
     own = {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
     done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-10:]
-        raise ValueError(f"{shlex.join(command)} failed: " + "\n".join(said))
+        raise InputError(f"{shlex.join(command)} failed: " + "\n".join(said))
     return done.stdout

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.data.store import Array
 from pipeline.disk import MODEL, write_atomically
+from pipeline.errors import InputError
 from pipeline.evaluation.comparison import Result
 from pipeline.evaluation.per_image import PER_IMAGE, PerImage
 from pipeline.evaluation.report import PREDICTIONS, read_mask
@@ -25,7 +26,7 @@ def find(name: str, params: Params) -> Result:
     """What was measured under a name: `workspace`, an experiment, any revision, an MLflow run.
 
     Raises:
-        ValueError: nothing is called so, or it holds no evaluation.
+        InputError: nothing is called so, or it holds no evaluation.
     """
     if name == WORKSPACE:
         return _of_files(name, params.train.work_dir, lambda path: Path(path).read_bytes())
@@ -34,7 +35,7 @@ def find(name: str, params: Params) -> Result:
         return _of_files(name, _work_dir(name, files), files.cat_file)
     content = artifact_of(params.tracking, name, PER_IMAGE)
     if content is None:
-        raise ValueError(
+        raise InputError(
             f"{name} is no experiment, no revision and no MLflow run with an evaluation; "
             "`dvc exp list` and `make ui` name what there is, and `workspace` is what lies here "
             f"({unknown})"
@@ -48,13 +49,13 @@ def find_model(name: str, params: Params) -> Path:
     What lies elsewhere is copied below `.dvc/tmp`.
 
     Raises:
-        ValueError: nothing is called so, or it holds no model.
+        InputError: nothing is called so, or it holds no model.
     """
     work_dir = params.train.work_dir
     if name == WORKSPACE:
         path = Path(work_dir) / "checkpoints" / MODEL
         if not path.is_file():
-            raise ValueError(f"{path}: no such file; `dvc repro` trains it, `dvc pull` brings it")
+            raise InputError(f"{path}: no such file; `dvc repro` trains it, `dvc pull` brings it")
         return path
     files, unknown = _revision(name)
     if files is not None:
@@ -62,14 +63,14 @@ def find_model(name: str, params: Params) -> Path:
         try:
             content = files.cat_file(path.as_posix())
         except FileNotFoundError:
-            raise ValueError(
+            raise InputError(
                 f"{name}: there is no {path}; run `dvc repro` there, or `dvc pull` what a remote "
                 "has"
             ) from None
     else:
         content = artifact_of(params.tracking, name, Path("checkpoints") / MODEL)
         if content is None:
-            raise ValueError(
+            raise InputError(
                 f"{name} is no file, no experiment, no revision and no MLflow run with a model; "
                 f"`dvc exp list` and `make ui` name what there is ({unknown})"
             )
@@ -101,7 +102,7 @@ def _work_dir(name: str, files: Any) -> str:
         text = files.read_text("params.yaml", encoding="utf-8")
         return str(parse_yaml(text, f"params.yaml of {name}")["train"]["work_dir"])
     except (FileNotFoundError, KeyError, TypeError):
-        raise ValueError(f"{name}: its params.yaml is missing or names no train.work_dir") from None
+        raise InputError(f"{name}: its params.yaml is missing or names no train.work_dir") from None
 
 
 def _of_files(name: str, work_dir: str, read: Callable[[str], bytes]) -> Result:
@@ -109,7 +110,7 @@ def _of_files(name: str, work_dir: str, read: Callable[[str], bytes]) -> Result:
     try:
         content = read(path.as_posix())
     except FileNotFoundError:
-        raise ValueError(
+        raise InputError(
             f"{name}: there is no {path}; run `dvc repro` there, or `dvc pull` what a remote has"
         ) from None
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from pipeline.data.store import Array
+from pipeline.errors import InputError
 from pipeline.evaluation.report import panel
 from pipeline.params import Positive, Section, main_checkout
 from pipeline.provenance import DVC_TAGS
@@ -87,7 +88,7 @@ def find_runs(params: TrackingParams) -> list[TrackedRun]:
     """All runs of the experiment, the newest first.
 
     Raises:
-        ValueError: the store can't be read.
+        InputError: the store can't be read.
     """
     with _asked(params, "its runs") as (client, experiment):
         found: list[Run] = []
@@ -113,7 +114,7 @@ def artifact_of(params: TrackingParams, name: str, path: Path) -> bytes | None:
     """A file of a run's artifacts, by the run's id or its name; None where there is none.
 
     Raises:
-        ValueError: several runs have this name, or the store can't be read.
+        InputError: several runs have this name, or the store can't be read.
     """
     with _asked(params, name) as (client, experiment):
         quote = "'" if '"' in name else '"'
@@ -123,7 +124,7 @@ def artifact_of(params: TrackingParams, name: str, path: Path) -> bytes | None:
         held = {one.info.run_id: _artifact(client, one.info.run_id, path) for one in runs}
     found = {one: content for one, content in held.items() if content is not None}
     if len(found) > 1:
-        raise ValueError(
+        raise InputError(
             f"{len(found)} MLflow runs are called {name}; name one by its id: {', '.join(found)}"
         )
     return next(iter(found.values()), None)
@@ -131,13 +132,13 @@ def artifact_of(params: TrackingParams, name: str, path: Path) -> bytes | None:
 
 @contextmanager
 def _asked(params: TrackingParams, what: str) -> "Iterator[tuple[MlflowClient, str]]":
-    """A client and the experiment's id, to ask for something; what fails is a ValueError."""
+    """A client and the experiment's id, to ask for something; what fails is an InputError."""
     try:
         with brief_requests():
             connected = connect(params)
         yield connected
     except Exception as error:
-        raise ValueError(f"MLflow can't be asked for {what}: {one_line(error)}") from None
+        raise InputError(f"MLflow can't be asked for {what}: {one_line(error)}") from None
 
 
 def _artifact(client: "MlflowClient", run_id: str, path: Path) -> bytes | None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from pipeline.errors import InputError
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema, which DVC reads: PyYAML's own is 1.1 (`off` is False, `1e-3` text).
@@ -65,7 +67,7 @@ def read_yaml(path: Path) -> Any:
     """The content of a YAML 1.2 file, as DVC reads it.
 
     Raises:
-        ValueError: the file is no YAML, with the line.
+        InputError: the file is no YAML, with the line.
     """
     return parse_yaml(path.read_text(encoding="utf-8"), str(path))
 
@@ -75,4 +77,4 @@ def parse_yaml(text: str, name: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} can't be read: {error}") from None
+        raise InputError(f"{name} can't be read: {error}") from None

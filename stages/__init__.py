@@ -12,6 +12,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from pipeline.errors import InputError
+
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # of a broken file we say it, with its name
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -31,14 +33,14 @@ def keep_freed_memory() -> None:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a stage or a command to its end; a ValueError is said in a line, and the exit code is 1.
+    """Run a stage or command to its end; an InputError is said alone, with exit code 1.
 
     Its objects are then kept from the garbage collector, which would look for cycles in all that
     torch and MLflow have made, a second long, in a process that ends.
     """
     try:
         main()
-    except ValueError as error:
+    except InputError as error:
         sys.exit(f"error: {error}")
     finally:
         gc.freeze()

@@ -11,6 +11,7 @@ from itertools import count, product
 from pathlib import Path
 
 from pipeline.data.store import INDEX, PREPARED, Store
+from pipeline.errors import InputError
 from pipeline.evaluation.comparison import Comparison, Group, compare, gather
 from pipeline.experiment import load_params
 from pipeline.pages import score
@@ -43,7 +44,7 @@ def main() -> None:
     groups = dict(zip(letters(), gather(found)))
     print_groups(groups)
     if len(groups) == 1:
-        raise ValueError(
+        raise InputError(
             "there is nothing to compare: these results differ in the seed alone; name one whose "
             "parameters, data or code are others"
         )

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pipeline.errors import InputError
 from pipeline.evaluation.comparison import compare, gather, worse
 from pipeline.yaml12 import read_yaml
 from stages import run_main
@@ -20,7 +21,7 @@ def judge() -> str:
     """The answer of the comparison with the baseline.
 
     Raises:
-        ValueError: the result does not pass, or can't be compared.
+        InputError: the result does not pass, or can't be compared.
     """
     from pipeline.experiment import load_params  # here, as importing torch takes seconds
     from pipeline.results import WORKSPACE, find
@@ -29,12 +30,12 @@ def judge() -> str:
     gate = params.gate
     assert gate is not None
     if gate.baseline == WORKSPACE:
-        raise ValueError("gate.baseline: workspace is the result itself; name a revision")
+        raise InputError("gate.baseline: workspace is the result itself; name a revision")
     baseline, here = (gather([find(name, params)])[0] for name in (gate.baseline, WORKSPACE))
     comparison = compare(baseline, here)
     said = comparison.sentence(gate.baseline, "the workspace")
     if lost := worse(comparison, gate):
-        raise ValueError(
+        raise InputError(
             f"gate: worse than {gate.baseline} by more than {gate.tolerance:g}, beyond what other "
             "images explain:\n" + "\n".join(f"  {line}" for line in lost) + f"\n{said}\n"
             "metrics.json is that of this result; to let it pass, raise gate.tolerance or set "

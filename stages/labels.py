@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.data.store import PREPARED, Split, Store
+from pipeline.errors import InputError
 from pipeline.experiment import Params, load_params
 from pipeline.pages.labels import Suspect, labels_page, pictures
 from pipeline.prediction.labels import Doubt, judge, ranked
@@ -49,9 +50,9 @@ def main() -> None:
     for images, model in judges(options.names, params, store):
         for image in images:
             if image not in held:
-                raise ValueError(f"{image} is not in {PREPARED}; run `dvc repro prepare`")
+                raise InputError(f"{image} is not in {PREPARED}; run `dvc repro prepare`")
             if image in models:
-                raise ValueError(f"{image} was measured twice; name each fold, or one seed, once")
+                raise InputError(f"{image} was measured twice; name each fold, or one seed, once")
             models[image] = model
     doubts = [
         (image, judge(model, *held[image][0][held[image][1]])[0])
@@ -77,7 +78,7 @@ def judges(
         per_image = find(name, params).per_image
         model = load_model(find_model(name, params))
         if list(model.classes) != list(store.classes):
-            raise ValueError(f"{name} has other classes than {PREPARED}")
+            raise InputError(f"{name} has other classes than {PREPARED}")
         yield per_image.names.tolist(), model
 
 

@@ -10,6 +10,7 @@ import torch
 
 from pipeline import distributed
 from pipeline.disk import file_md5
+from pipeline.errors import InputError
 from pipeline.experiment import load_params
 from pipeline.prediction.batch import Folder, find_photographs, predict_files
 from pipeline.prediction.model import load_model
@@ -82,7 +83,7 @@ def weights_file(given: str) -> Path:
     """The file of weights that an option names.
 
     Raises:
-        ValueError: there is none.
+        InputError: there is none.
     """
     return Path(given) if Path(given).is_file() else find_model(given, load_params())
 
@@ -107,7 +108,7 @@ def run(options: argparse.Namespace, weights: Path, device: torch.device) -> Non
     print(f"{done} of {len(photographs)} photographs are predicted in {options.out}")
     if problems:
         listed = "\n".join(f"  {problem}" for problem in sorted(problems))
-        raise ValueError(f"{len(problems)} could not be read:\n{listed}")
+        raise InputError(f"{len(problems)} could not be read:\n{listed}")
 
 
 if __name__ == "__main__":

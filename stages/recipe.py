@@ -16,6 +16,7 @@ from typing import Any
 from ruamel.yaml.comments import CommentedMap
 
 from pipeline.comments import rewrite
+from pipeline.errors import InputError
 from pipeline.experiment import load_params
 from pipeline.params import flatten, nearest
 from pipeline.yaml12 import read_yaml
@@ -70,10 +71,10 @@ def load_recipe(name: str) -> Recipe:
     """A recipe, the values of its pieces included.
 
     Raises:
-        ValueError: there is none of that name.
+        InputError: there is none of that name.
     """
     if name not in names():
-        raise ValueError(
+        raise InputError(
             f"there is no recipe {name!r}; did you mean {nearest(name, names())}? "
             "`python -m stages.recipe list` names all"
         )
@@ -90,11 +91,11 @@ def _pieces(name: str) -> list[dict[str, Any]]:
     """The files of a recipe, those it is based on first."""
     path = RECIPES / f"{name}.yaml"
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such piece of a recipe")
+        raise InputError(f"{path}: there is no such piece of a recipe")
     piece = read_yaml(path)
     bases = piece.pop("base", [])
     if not isinstance(bases, list):
-        raise ValueError(f"{path}: base must be a list, as [_common, _ade20k]")
+        raise InputError(f"{path}: base must be a list, as [_common, _ade20k]")
     return [*(part for base in bases for part in _pieces(base)), piece]
 
 
@@ -102,10 +103,10 @@ def rewritten(path: Path, values: dict[str, Any]) -> str:
     """The text of params.yaml, or of a file like it, with the values of a recipe.
 
     Raises:
-        ValueError: the file is no YAML, or holds nothing.
+        InputError: the file is no YAML, or holds nothing.
     """
     if not isinstance(read_yaml(path), dict):
-        raise ValueError(f"{path} holds no parameters; `git checkout {path}` brings them back")
+        raise InputError(f"{path} holds no parameters; `git checkout {path}` brings them back")
 
     def change(document: CommentedMap) -> None:
         for name, section in values.items():
@@ -137,7 +138,7 @@ def use(name: str) -> None:
     """Write a recipe into params.yaml, if the result is valid, and tell what has changed.
 
     Raises:
-        ValueError: the file and the recipe don't fit; the file is then as it was.
+        InputError: the file and the recipe don't fit; the file is then as it was.
     """
     recipe = load_recipe(name)
     text = rewritten(PARAMS, recipe.values)
@@ -148,8 +149,8 @@ def use(name: str) -> None:
         load_params(draft)
         after = flatten(read_yaml(draft))
         draft.replace(PARAMS)
-    except ValueError as error:
-        raise ValueError(f"{PARAMS} stays as it is: {error}") from None
+    except InputError as error:
+        raise InputError(f"{PARAMS} stays as it is: {error}") from None
     finally:
         draft.unlink(missing_ok=True)
     report(name, recipe, before, after)

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from pipeline.errors import InputError
 from pipeline.experiment import load_params
 from pipeline.pages import score
 from pipeline.params import differing
@@ -53,14 +54,14 @@ def one_of(runs: Sequence[TrackedRun], name: str) -> TrackedRun:
     """The run of an id, the beginning of one, a name, or a DVC experiment's name.
 
     Raises:
-        ValueError: there is none, or more than one.
+        InputError: there is none, or more than one.
     """
     last = f"({name})"  # by which a run's name ends: its experiment, or its fingerprint
     found = [run for run in runs if name in (run.run_id, run.name) or run.name.endswith(last)]
     found = found or [run for run in runs if len(name) >= 4 and run.run_id.startswith(name)]
     if len(found) != 1:
         listed = ", ".join(run.run_id for run in found)
-        raise ValueError(
+        raise InputError(
             f"{len(found)} runs are called {name}; name one by its id: {listed}"
             if found
             else f"no run is called {name}; `python -m stages.runs` lists them"

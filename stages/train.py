@@ -18,6 +18,7 @@ from pipeline.data.loader import Samples, rare_class_shares
 from pipeline.data.store import PREPARED, Store
 from pipeline.data.transforms import fill_of
 from pipeline.disk import FORMAT, MODEL, write_json
+from pipeline.errors import InputError
 from pipeline.evaluation.inference import Predictor
 from pipeline.experiment import Params, load_params
 from pipeline.models import ModelParams, build_model
@@ -199,12 +200,12 @@ def starting_point(params: Params, state: State) -> tuple[Checkpoint | None, Pro
         checkpoint = load_checkpoint(path)
         trained = checkpoint["params"]["train"]["optimizer"]
         if trained != options.optimizer:
-            raise ValueError(
+            raise InputError(
                 f"train.resume_from: {path} was trained by {trained}, not {options.optimizer}; "
                 "set train.optimizer to it, or take the weights alone by train.load_from"
             )
         if checkpoint["iteration"] >= options.total:
-            raise ValueError(
+            raise InputError(
                 f"train.resume_from: {path} has done {checkpoint['iteration']} iterations; "
                 f"train.iterations + train.extend, {options.total}, must be more"
             )

@@ -23,6 +23,7 @@ from pipeline.data.params import DataParams
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import SUMMARY, Array, Entry, Index, Split, spread, write_index
 from pipeline.disk import FORMAT, write_json
+from pipeline.errors import InputError
 from pipeline.params import plain
 
 RECORDS_PER_SHARD = 128
@@ -58,7 +59,7 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
     `progress(done, total)` is called with the number of records.
 
     Raises:
-        ValueError: the audit's findings, all of them, a line each; no index is written then.
+        InputError: the audit's findings, all of them, a line each; no index is written then.
     """
     reader = params.reader()
     records, problems = reader.records()
@@ -92,7 +93,7 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
         for shard in shards:
             (folder / shard.name).unlink()
         listed = "\n".join(f"  {problem}" for problem in problems)
-        raise ValueError(f"{params.root}: {len(problems)} problems in the data set:\n{listed}")
+        raise InputError(f"{params.root}: {len(problems)} problems in the data set:\n{listed}")
     for shard in shards:
         if shard.split not in labelled:  # a test whose labels are withheld
             (folder / shard.name).unlink()
@@ -114,7 +115,7 @@ def _pack(
                 image, ids = reader.read(record)
                 counts = np.bincount(ids.ravel())
                 _judge(record, image, ids.shape, counts=counts, params=params)
-            except ValueError as error:
+            except InputError as error:
                 shard.problems.append(str(error))
                 continue
             shard.ids.update(np.flatnonzero(counts).tolist())
@@ -161,10 +162,10 @@ def _judge(
     counts: NDArray[np.int64],
     params: DataParams,
 ) -> None:
-    """A ValueError where an image can't be used with a target of so many pixels of each id."""
+    """An InputError where an image can't be used with a target of so many pixels of each id."""
     if image.shape[:2] != size:
         (height, width), (rows, columns) = image.shape[:2], size
-        raise ValueError(
+        raise InputError(
             f"{record.image}: {width}x{height} pixels, but its target {record.target} has "
             f"{columns}x{rows}"
         )
@@ -172,7 +173,7 @@ def _judge(
     bad = [one for one in found if one >= params.num_ids and one != params.ignore_index]
     if bad:
         zero = ", and one for reduce_zero_label" if params.reduce_zero_label else ""
-        raise ValueError(
+        raise InputError(
             f"{record.target}: class ids {some(bad)} are neither below {params.num_ids} (the "
             f"number of data.classes{zero}) nor data.ignore_index {params.ignore_index}"
         )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.store import Array
+from pipeline.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 TARGET_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
@@ -72,17 +73,17 @@ def read_image(path: Path) -> tuple[Array, int]:
     """The pixels as they are stored, (H,W,3) uint8 RGB, and the EXIF orientation, 1 to 8.
 
     Raises:
-        ValueError: it can't be read; the text names the file.
+        InputError: it can't be read; the text names the file.
     """
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image, kinds, found = cv2.imdecodeWithMetadata(np.fromfile(path, np.uint8), flags=flags)
     except OSError as error:
-        raise ValueError(f"{path}: can't be read as an image ({error})") from None
+        raise InputError(f"{path}: can't be read as an image ({error})") from None
     except cv2.error:  # of an empty file
         image = None
     if image is None:  # how OpenCV says that a file is truncated or no image
-        raise ValueError(f"{path}: can't be read as an image")
+        raise InputError(f"{path}: can't be read as an image")
     if path.suffix.lower() in (".tif", ".tiff"):  # OpenCV turns it, whatever it is told
         with Image.open(path) as file:
             _refuse_turned(path, getattr(file, "tag_v2", {}))
@@ -98,16 +99,16 @@ def read_ids(path: Path) -> Ids:
     """(H,W): the id of every pixel, from 1 to 16 bits, grey or palette, as it is stored.
 
     Raises:
-        ValueError: it can't be read, or has colours in place of ids; the text names the file.
+        InputError: it can't be read, or has colours in place of ids; the text names the file.
     """
     mode, target = _read_target(path)
     if mode not in ("1", "L", "P", "I;16", "I;16B", "I"):
-        raise ValueError(
+        raise InputError(
             f"{path}: a target holds one class id a pixel, and this is {mode}; "
             "save it as grey or palette PNG, or give data.format.color_map"
         )
     if mode == "I" and (target.min() < 0 or target.max() > 65535):
-        raise ValueError(f"{path}: ids from {target.min()} to {target.max()} are out of range")
+        raise InputError(f"{path}: ids from {target.min()} to {target.max()} are out of range")
     return target.astype(np.uint16 if target.dtype.itemsize > 1 else np.uint8)
 
 
@@ -115,11 +116,11 @@ def read_colours(path: Path, color_map: Sequence[tuple[int, int, int]]) -> Array
     """(H,W) uint8: of every pixel the place of its colour in `color_map`.
 
     Raises:
-        ValueError: it can't be read, or a colour is not in the map; the text names both.
+        InputError: it can't be read, or a colour is not in the map; the text names both.
     """
     mode, colours = _read_target(path, "RGB")
     if mode not in ("1", "L", "P", "RGB", "RGBA"):
-        raise ValueError(
+        raise InputError(
             f"{path}: data.format.color_map needs coloured or grey targets, and this is {mode}; "
             "set it to null"
         )
@@ -132,7 +133,7 @@ def read_colours(path: Path, color_map: Sequence[tuple[int, int, int]]) -> Array
     if strange:
         listed = [f"[{one >> 16}, {one >> 8 & 255}, {one & 255}]" for one in strange]
         hint = "; if it holds ids, set that to null" if mode in ("1", "L") else ""
-        raise ValueError(f"{path}: colours {some(listed)} are not in data.format.color_map{hint}")
+        raise InputError(f"{path}: colours {some(listed)} are not in data.format.color_map{hint}")
     return ids.astype(np.uint8)
 
 
@@ -148,7 +149,7 @@ def _read_target(path: Path, convert: str | None = None) -> tuple[str, NDArray[A
             pixels = pixels if convert or step == 1 else pixels // step
             tags = file.getexif()
     except Exception as error:  # what Pillow raises depends on where a file is broken
-        raise ValueError(f"{path}: can't be read as a target ({error})") from None
+        raise InputError(f"{path}: can't be read as a target ({error})") from None
     _refuse_turned(path, tags)
     return mode, pixels
 
@@ -171,7 +172,7 @@ def _orientation(tags: Mapping[int, Any]) -> int:
 def _refuse_turned(path: Path, tags: Mapping[int, Any]) -> None:
     """Refuse a file that one library turns and another doesn't."""
     if _orientation(tags) != 1:
-        raise ValueError(f"{path}: its orientation tag turns it; save it upright, without the tag")
+        raise InputError(f"{path}: its orientation tag turns it; save it upright, without the tag")
 
 
 def some(values: Sequence[object]) -> str:

@@ -27,6 +27,7 @@ from pipeline.data.files import (
 from pipeline.data.outlines import PARSERS, by_image, drawing_of, ids_of
 from pipeline.data.splits import SPLITS, SplitsParams, draw_splits, listed_splits
 from pipeline.data.store import Array
+from pipeline.errors import InputError
 from pipeline.params import Colour, Named, one_of
 
 
@@ -53,7 +54,7 @@ class FormatParams(Named):
         return {"train"}
 
     def check(self, classes: Sequence[str], num_ids: int) -> None:
-        """Raise a ValueError where the keys don't suit the classes, or files of so many ids."""
+        """Raise an InputError where the keys don't suit the classes, or files of so many ids."""
 
 
 P = TypeVar("P", bound=FormatParams)
@@ -95,7 +96,7 @@ class Reader(ABC, Generic[P]):
         """The image (H,W,3) uint8 RGB and the target (H,W).
 
         Raises:
-            ValueError: the file can't be read, or is not what it should be; the text names it.
+            InputError: the file can't be read, or is not what it should be; the text names it.
         """
 
 
@@ -166,7 +167,7 @@ class Folders(Reader[P]):
         image, orientation = self.photograph(record)
         turned = orientation >= TRANSPOSED and ids.shape[0] != ids.shape[1]
         if turned and image.shape[:2] == ids.shape[::-1]:
-            raise ValueError(
+            raise InputError(
                 f"{record.image}: its target {record.target} is drawn for the photograph as it is "
                 f"{'stored' if self.exif == 'apply' else 'shown'}, and EXIF turns that by 90 "
                 f"degrees; set data.exif: {'ignore' if self.exif == 'apply' else 'apply'}"
@@ -208,7 +209,7 @@ class OwnParams(FormatParams):
     @classmethod
     def _lies_below_the_root(cls, folder: str) -> str:
         if Path(folder).is_absolute() or ".." in Path(folder).parts:
-            raise ValueError(
+            raise InputError(
                 f"must be a folder below data.root, not {folder!r}: DVC watches data.root alone"
             )
         return folder
@@ -231,12 +232,12 @@ class PairsParams(OwnParams):
         cls, colours: tuple[Colour, ...] | None
     ) -> tuple[Colour, ...] | None:
         if colours is not None and len(set(colours)) != len(colours):
-            raise ValueError("every colour must stand once")
+            raise InputError("every colour must stand once")
         return colours
 
     def check(self, classes: Sequence[str], num_ids: int) -> None:
         if self.color_map is not None and len(self.color_map) != num_ids:
-            raise ValueError(
+            raise InputError(
                 f"format.color_map has {len(self.color_map)} colours for {num_ids} ids; give one "
                 "[red, green, blue] a class, and with reduce_zero_label first the one to ignore"
             )
@@ -276,7 +277,7 @@ class OutlinesParams(OwnParams):
         if self.background is not None:
             one_of("format.background", self.background, classes, ", or null")
         if num_ids != len(classes):
-            raise ValueError("reduce_zero_label is for files of ids; outlines have names")
+            raise InputError("reduce_zero_label is for files of ids; outlines have names")
 
 
 class Outlines(Folders[OutlinesParams]):
@@ -307,8 +308,8 @@ class Outlines(Folders[OutlinesParams]):
             drawing = drawing_of(self.kind, Path(record.target), record.name)
             size = drawing.size or (image.shape[0], image.shape[1])
             return image, ids_of(drawing, size, self.classes, background)
-        except ValueError as error:
-            raise ValueError(f"{record.image}, in {record.target}: {error}") from None
+        except InputError as error:
+            raise InputError(f"{record.image}, in {record.target}: {error}") from None
 
 
 class ADE20K(Folders[FormatParams]):

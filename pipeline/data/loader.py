@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.data.store import Array, Split
 from pipeline.data.transforms import AugmentationParams, augment
+from pipeline.errors import InputError
 
 # Independent streams of the seed.
 ORDER, AUGMENTATION, MODEL = range(3)
@@ -105,7 +106,7 @@ class RankBatches(Sampler[list[int]]):
     the one after the last.
 
     Raises:
-        ValueError: the processes can't share a microbatch equally.
+        InputError: the processes can't share a microbatch equally.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class RankBatches(Sampler[list[int]]):
         self.iterations = range(*iterations)
         self.microbatch = self.batch_size // self.accumulation
         if self.batch_size % (self.accumulation * world_size):
-            raise ValueError(
+            raise InputError(
                 f"train.batch_size {self.batch_size} / train.accumulation {self.accumulation} is "
                 f"not divisible by the {world_size} processes that were started; use a multiple of "
                 f"{self.accumulation * world_size}, or as many processes as train.gpus"

@@ -15,6 +15,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from pipeline.data.store import Array
+from pipeline.errors import InputError
 
 Outline = list[float]  # x, y, x, y, ... in pixels, or in shares of width and height
 
@@ -45,7 +46,7 @@ def ids_of(
     An id is the place of a name in `classes`. Labels that are numbers leave the background out.
 
     Raises:
-        ValueError: a label is none of the classes; says which are.
+        InputError: a label is none of the classes; says which are.
     """
     height, width = size
     ids = np.full(size, background, np.uint8)
@@ -53,12 +54,12 @@ def ids_of(
     for label, outlines, runs in drawing.shapes:
         if isinstance(label, int):
             if not 0 <= label < len(numbered):
-                raise ValueError(f"class {label} is none of the {len(numbered)} that are drawn")
+                raise InputError(f"class {label} is none of the {len(numbered)} that are drawn")
             place = numbered[label]
         elif label in classes:
             place = list(classes).index(label)
         else:
-            raise ValueError(
+            raise InputError(
                 f"label {label!r} is not in data.classes: {', '.join(classes)}; add it there, or "
                 "rename it"
             )
@@ -85,14 +86,14 @@ def drawings(kind: str, path: Path) -> dict[str, Drawing]:
     """The drawings in a file, by the path of each image without its suffix, as the file has it.
 
     Raises:
-        ValueError: the file can't be read as one of this kind; the text names it.
+        InputError: the file can't be read as one of this kind; the text names it.
     """
     try:
         found = PARSERS[kind][1](path)
         return {Path(name).with_suffix("").as_posix(): one for name, one in found.items()}
     except (ValueError, KeyError, TypeError, IndexError, OSError, ElementTree.ParseError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: can't be read as a file of {kind} ({reason})") from None
+        raise InputError(f"{path}: can't be read as a file of {kind} ({reason})") from None
 
 
 def _coco(path: Path) -> dict[str, Drawing]:
@@ -121,7 +122,7 @@ def _labelme(path: Path) -> dict[str, Drawing]:
         if kind == "rectangle":
             points = _corners(*points[0], *points[1])
         elif kind != "polygon":
-            raise ValueError(f"a {kind} of {one['label']!r} has no inside; draw a polygon")
+            raise InputError(f"a {kind} of {one['label']!r} has no inside; draw a polygon")
         shapes.append(Shape(str(one["label"]), [np.ravel(points).tolist()]))
     return {path.stem: Drawing((content["imageHeight"], content["imageWidth"]), shapes)}
 
@@ -142,7 +143,7 @@ def _cvat(path: Path) -> dict[str, Drawing]:
                     [float(x) for x in pair.split(",")] for pair in one.attrib["points"].split(";")
                 ]
             else:
-                raise ValueError(f"a {one.tag} of {one.get('label')!r}; export polygons")
+                raise InputError(f"a {one.tag} of {one.get('label')!r}; export polygons")
             shapes.append(Shape(one.attrib["label"], [np.ravel(points).tolist()]))
         size = int(image.attrib["height"]), int(image.attrib["width"])
         found[image.attrib["name"]] = Drawing(size, shapes)
@@ -156,7 +157,7 @@ def _yolo(path: Path) -> dict[str, Drawing]:
         if line.strip():
             label, *outline = line.split()
             if len(outline) < 6:
-                raise ValueError(f"{len(outline)} numbers are no outline: {line!r}")
+                raise InputError(f"{len(outline)} numbers are no outline: {line!r}")
             shapes.append(Shape(int(label), [[float(x) for x in outline]]))
     return {path.stem: Drawing(None, shapes)}
 
@@ -193,7 +194,7 @@ def by_image(
             continue
         try:
             names = drawings(kind, file).keys()
-        except ValueError as error:
+        except InputError as error:
             problems.append(str(error))
             continue
         for stem in names:

@@ -6,6 +6,7 @@ from typing import Any, Self
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from pipeline.data.formats import FORMATS, Exif, FormatParams, Reader
+from pipeline.errors import InputError
 from pipeline.params import Colour, Grey, Positive, Section, choose
 
 
@@ -46,7 +47,7 @@ class DataParams(Section):
     @classmethod
     def _is_written_out(cls, root: str) -> str:
         if root.startswith("~"):
-            raise ValueError(f"write the whole path in place of {root!r}: DVC does not expand ~")
+            raise InputError(f"write the whole path in place of {root!r}: DVC does not expand ~")
         return root
 
     @field_validator("format", mode="before")
@@ -57,15 +58,15 @@ class DataParams(Section):
     @model_validator(mode="after")
     def _classes_agree(self) -> Self:
         if len(set(self.classes)) != len(self.classes):
-            raise ValueError("classes: every name must stand once")
+            raise InputError("classes: every name must stand once")
         if len(self.palette) != len(self.classes):
-            raise ValueError(
+            raise InputError(
                 f"palette has {len(self.palette)} colours for {len(self.classes)} classes; "
                 "give one [red, green, blue] a class"
             )
         if self.ignore_index < self.num_ids:
             name = self.classes[min(self.ignore_index, len(self.classes) - 1)]
-            raise ValueError(
+            raise InputError(
                 f"ignore_index {self.ignore_index} is the id of class {name!r}; use 255 or "
                 f"another id from {self.num_ids} up"
             )

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.errors import InputError
 from pipeline.params import Fraction, Section
 
 SPLITS = ("train", "val", "test")
@@ -56,22 +57,22 @@ class SplitsParams(Section):
         try:
             re.compile(pattern or "")
         except re.error as error:
-            raise ValueError(f"must be a regular expression: {error}") from None
+            raise InputError(f"must be a regular expression: {error}") from None
         return pattern
 
     @model_validator(mode="after")
     def _leaves_some_for_training(self) -> Self:
         if self.val + self.test >= 1:
-            raise ValueError(f"val + test is {self.val + self.test:g}; it must stay below 1")
+            raise InputError(f"val + test is {self.val + self.test:g}; it must stay below 1")
         return self
 
     @model_validator(mode="after")
     def _fold_is_one_of_the_folds(self) -> Self:
         if self.folds is not None and self.source != "drawn":
-            raise ValueError(f"folds are drawn, and source is {self.source}; use `drawn`, or null")
+            raise InputError(f"folds are drawn, and source is {self.source}; use `drawn`, or null")
         if self.fold >= (self.folds or 1):
             last = f"at most {self.folds - 1}" if self.folds else "0, or give the number of folds"
-            raise ValueError(f"fold {self.fold} of {self.folds} folds; use {last}")
+            raise InputError(f"fold {self.fold} of {self.folds} folds; use {last}")
         return self
 
 

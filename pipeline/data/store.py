@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.disk import check_format, file_md5
+from pipeline.errors import InputError
 
 PREPARED = Path("data/prepared")
 INDEX = "index.json"
@@ -94,13 +95,13 @@ class Store:
     """What `prepare` left in a folder.
 
     Raises:
-        ValueError: the folder holds no index, or one of another version of this tool.
+        InputError: the folder holds no index, or one of another version of this tool.
     """
 
     def __init__(self, folder: Path) -> None:
         path = folder / INDEX
         if not path.is_file():
-            raise ValueError(f"{path} is missing; run `dvc repro prepare` first")
+            raise InputError(f"{path} is missing; run `dvc repro prepare` first")
         self.folder = folder
         index: Index = json.loads(path.read_text(encoding="utf-8"))
         check_format(index, path, "run `dvc repro -f prepare`")
@@ -132,12 +133,12 @@ class Store:
         return dict(zip(self.classes, self.palette, strict=True))
 
     def require(self, split: str, asked: str, remedy: str) -> None:
-        """Raise a ValueError where a split that a parameter asks for has no labelled image."""
+        """Raise an InputError where a split that a parameter asks for has no labelled image."""
         if not self._splits[split]:
-            raise ValueError(f"{asked}, but the data set has no labelled {split} image; {remedy}")
+            raise InputError(f"{asked}, but the data set has no labelled {split} image; {remedy}")
 
     def require_measured(self, split: str) -> None:
-        """Raise a ValueError where the split of evaluation.split has no labelled image."""
+        """Raise an InputError where the split of evaluation.split has no labelled image."""
         other = "val" if split == "test" else "test"
         self.require(split, f"evaluation.split: {split}", f"use evaluation.split: {other}")
 

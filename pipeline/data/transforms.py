@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from pipeline.data.store import Array
+from pipeline.errors import InputError
 from pipeline.params import Probability, Section, Size
 
 
@@ -43,7 +44,7 @@ class AugmentationParams(Section):
     @classmethod
     def _is_a_range(cls, ratios: tuple[float, float]) -> tuple[float, float]:
         if not 0 < ratios[0] <= ratios[1]:
-            raise ValueError(f"must be [low, high] with 0 < low <= high, not {list(ratios)}")
+            raise InputError(f"must be [low, high] with 0 < low <= high, not {list(ratios)}")
         return ratios
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from pipeline.data.store import Array
+from pipeline.errors import InputError
 from pipeline.evaluation.metrics import Matrix, Scores, iou_of, mean_of
 from pipeline.evaluation.per_image import PerImage
 from pipeline.evaluation.uncertainty import (
@@ -269,14 +270,14 @@ def worse(comparison: Comparison, gate: GateParams) -> list[str]:
     """A line for each score that the gate holds and that the second group has lost.
 
     Raises:
-        ValueError: such a score can't be judged, as too few groups of images show it.
+        InputError: such a score can't be judged, as too few groups of images show it.
     """
     held = {"mean IoU": comparison.mean_iou}
     held |= {row.name: row.difference for row in comparison.rows() if row.name in gate.classes}
     lost = []
     for name, found in held.items():
         if found.half is None:
-            raise ValueError(
+            raise InputError(
                 f"gate: {name} can't be judged: fewer than two groups of the measured images show "
                 "anything of it; measure more images, or take it out of gate.classes"
             )
@@ -289,7 +290,7 @@ def gather(results: Iterable[Result]) -> list[Group]:
     """Put the trainings together that differ in nothing but the seed, or the fold.
 
     Raises:
-        ValueError: a training is there twice, or some folds of it are missing.
+        InputError: a training is there twice, or some folds of it are missing.
     """
     alike: defaultdict[str, list[Result]] = defaultdict(list)
     for result in results:
@@ -314,7 +315,7 @@ def _group(results: list[Result]) -> Group:
         # Each fold is measured on a val of its own, and all of them on one test split.
         training = (seed, None if of_val else fold)
         if other := trainings[training].get(fold):
-            raise ValueError(
+            raise InputError(
                 f"{other.name} and {result.name} are results of one training: seed {seed}"
                 + (f", fold {fold}" if fold is not None else "")
                 + "; name one of them"
@@ -324,7 +325,7 @@ def _group(results: list[Result]) -> Group:
     for (seed, _), parts in trainings.items():
         if of_val and parts.keys() != folds:
             lacking = ", ".join(map(str, sorted(folds - parts.keys(), key=str)))
-            raise ValueError(f"seed {seed} lacks fold {lacking}; name the same folds of each seed")
+            raise InputError(f"seed {seed} lacks fold {lacking}; name the same folds of each seed")
     first, *others = (_pooled([*parts.values()]) for parts in trainings.values())
     for one in others:
         check_same_images(first, one)
@@ -346,16 +347,16 @@ def check_same_images(first: Group, second: Group) -> None:
     """Refuse to compare what was measured on different images, or by different targets.
 
     Raises:
-        ValueError: names both, and the first thing in which they differ.
+        InputError: names both, and the first thing in which they differ.
     """
     said = f"{first.name} and {second.name} can't be compared: "
     if first.classes != second.classes:
-        raise ValueError(
+        raise InputError(
             said + f"their classes are {', '.join(first.classes)} and {', '.join(second.classes)}"
         )
     apart = sorted(set(first.names.tolist()) ^ set(second.names.tolist()))
     if apart:
-        raise ValueError(
+        raise InputError(
             said + f"{len(apart)} images, as {apart[0]}, are in one of them alone; measure both on "
             "the same split of the same data"
         )
@@ -365,7 +366,7 @@ def check_same_images(first: Group, second: Group) -> None:
         ("groups", first.groups != second.groups),
     ):
         if changed.any():
-            raise ValueError(
+            raise InputError(
                 said + f"the {what} of {changed.sum()} images, as {first.names[changed][0]}, are "
                 "not the same; evaluate both on the same data"
             )
@@ -375,7 +376,7 @@ def compare(first: Group, second: Group) -> Comparison:
     """Whether the second is better.
 
     Raises:
-        ValueError: they were not measured on the same images.
+        InputError: they were not measured on the same images.
     """
     check_same_images(first, second)
     areas = by_group(np.concatenate([first.areas, second.areas], axis=1), first.groups)

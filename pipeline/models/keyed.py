@@ -10,6 +10,8 @@ import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
+from pipeline.errors import InputError
+
 # SplitMix64's constants: https://doi.org/10.1145/2714064.2660195
 GOLDEN, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
@@ -74,7 +76,7 @@ def key_random_layers(model: nn.Module) -> list[Keyed]:
     """Replace the random layers below `model` by keyed ones, and give each a stream of its own.
 
     Raises:
-        ValueError: names the layers of a kind that has no keyed form.
+        InputError: names the layers of a kind that has no keyed form.
     """
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -86,7 +88,7 @@ def key_random_layers(model: nn.Module) -> list[Keyed]:
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
     ]
     if unkeyed:
-        raise ValueError(
+        raise InputError(
             f"random layers without a keyed form: {', '.join(unkeyed)}; their draws would change "
             "with the number of GPUs; set their rate to 0"
         )

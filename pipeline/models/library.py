@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import InputError
 from pipeline.models.backbones import BackboneParams
 from pipeline.models.layers import AveragePool
 from pipeline.models.losses import LossParams
@@ -41,7 +42,7 @@ class LibraryModel(MapNetwork):
         """Refuse what only our own backbones have.
 
         Raises:
-            ValueError: names the keys.
+            InputError: names the keys.
         """
         own = backbone.model_fields_set - {"name", "pretrained"}
         changed = [
@@ -50,7 +51,7 @@ class LibraryModel(MapNetwork):
             if getattr(backbone, key) != BackboneParams.model_fields[key].default
         ]
         if changed:
-            raise ValueError(
+            raise InputError(
                 f"{', '.join(changed)}: a network of {LIBRARY}* has its own; leave them out"
             )
 
@@ -59,11 +60,11 @@ class LibraryModel(MapNetwork):
         """Refuse crops that would be padded in training.
 
         Raises:
-            ValueError: names the parameter and the nearest size.
+            InputError: names the parameter and the nearest size.
         """
         if any(side % cls.multiple for side in crop_size):
             nearest_sides = [max(32, round(side / 32) * 32) for side in crop_size]
-            raise ValueError(
+            raise InputError(
                 f"augmentation.crop_size {list(crop_size)}: {head.name} is trained on sides that "
                 f"{cls.multiple} divides; use {nearest_sides}"
             )
@@ -75,7 +76,7 @@ class LibraryModel(MapNetwork):
         """The architecture that `head.name` says, with the encoder `backbone.name`.
 
         Raises:
-            ValueError: the library has no such architecture or encoder, or lacks its weights.
+            InputError: the library has no such architecture or encoder, or lacks its weights.
         """
         network = build_network(head.name, backbone, labels.num_classes)
         model = cls(network, loss, labels)
@@ -90,7 +91,7 @@ def build_network(name: str, backbone: BackboneParams, num_classes: int) -> nn.M
     architectures = {one.__name__: one for one in smp.MODEL_ARCHITECTURES_MAPPING.values()}
     architecture, encoder = name.removeprefix(LIBRARY), backbone.name
     if architecture not in architectures:
-        raise ValueError(
+        raise InputError(
             f"model.head.name: segmentation_models_pytorch has no {architecture}; did you mean "
             f"{LIBRARY}{nearest(architecture, architectures)}? It has "
             f"{', '.join(sorted(architectures))}"
@@ -100,7 +101,7 @@ def build_network(name: str, backbone: BackboneParams, num_classes: int) -> nn.M
             encoder, encoder_weights=backbone.pretrained, classes=num_classes
         )
     except (KeyError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"model: {name} with the encoder {encoder}: {error}") from error
+        raise InputError(f"model: {name} with the encoder {encoder}: {error}") from error
     for parent in list(network.modules()):
         for own, child in parent.named_children():
             if isinstance(child, nn.AdaptiveAvgPool2d):
@@ -114,12 +115,12 @@ def _try_out(model: LibraryModel, what: str) -> None:
     """Freeze what no gradient reaches, which processes would wait for.
 
     Raises:
-        ValueError: a layer draws by other means than the random layers that could be keyed.
+        InputError: a layer draws by other means than the random layers that could be keyed.
     """
     trial, before = copy.deepcopy(model).train(), torch.get_rng_state()
     outputs = trial(torch.zeros(2, 3, 224, 224), torch.arange(2))
     if not torch.equal(before, torch.get_rng_state()):
-        raise ValueError(
+        raise InputError(
             f"{what} draws random numbers without keys, which would change with the number of "
             "GPUs; use another encoder, as one of timm's (tu-...)"
         )

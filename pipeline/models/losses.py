@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from pipeline.errors import InputError
 from pipeline.models.layers import bilinear_weights, parts, resize, taps
 from pipeline.params import Above0, AtLeast0, Positive, Probability, Section
 
@@ -69,16 +70,16 @@ class LossParams(Section):
         try:
             return check(given)
         except ValidationError:
-            raise ValueError(
+            raise InputError(
                 "must be null, balanced, or a list with a number above 0 for each class"
             ) from None
 
     @model_validator(mode="after")
     def _has_a_term(self) -> Self:
         if not self.terms:
-            raise ValueError("every term has weight 0; give one of them, as cross_entropy, 1")
+            raise InputError("every term has weight 0; give one of them, as cross_entropy, 1")
         if self.class_weights and not self.terms.keys() & set(WEIGHED):
-            raise ValueError(
+            raise InputError(
                 "class_weights weigh cross_entropy and ohem, and both are 0; set class_weights null"
             )
         return self

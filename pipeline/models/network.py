@@ -41,7 +41,7 @@ class Network(nn.Module, ABC):
         """Replace random layers by keyed ones, whose draws do not depend on the number of ranks.
 
         Raises:
-            ValueError: a random layer has no keyed form; the text names it.
+            InputError: a random layer has no keyed form; the text names it.
         """
         self.keyed = key_random_layers(self)
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import InputError
 from pipeline.models.backbones import BackboneParams, build_backbone
 from pipeline.models.keyed import KeyedDropout
 from pipeline.models.layers import ConvModule, padded, resized_band, taps
@@ -117,12 +118,12 @@ class Head(nn.Module, ABC):
         """Refuse sections that don't fit together.
 
         Raises:
-            ValueError: names the key and the rule.
+            InputError: names the key and the rule.
         """
         backbone.check()
         needed = max(cls.levels, 2 if head.aux_weight > 0 else 1)
         if backbone.levels < needed:
-            raise ValueError(
+            raise InputError(
                 f"backbone.name {backbone.name} has {backbone.levels} maps of features, and "
                 f"{head.name} with head.aux_weight {head.aux_weight:g} needs {needed}; use another "
                 "backbone, such as a resnet or efficientnet_lite0, or another head"
@@ -133,10 +134,10 @@ class Head(nn.Module, ABC):
         """Refuse a batch that the head can't learn from.
 
         Raises:
-            ValueError: names the parameters and the rule.
+            InputError: names the parameters and the rule.
         """
         if head.pools_to_one and microbatch < 2:
-            raise ValueError(
+            raise InputError(
                 f"train.batch_size / train.accumulation is 1, and the 1x1 pooling of {head.name} "
                 "leaves batch normalisation a single value a channel; use at least 2"
             )

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.errors import InputError
 from pipeline.models.keyed import uniform
 from pipeline.models.network import Labels
 from pipeline.models.pointrend import corners, sample
@@ -39,7 +40,7 @@ class SetLossParams(Named):
     @model_validator(mode="after")
     def _has_a_term(self) -> Self:
         if self.class_weight == self.mask_weight == self.dice_weight == 0:
-            raise ValueError("class_weight, mask_weight and dice_weight are 0; give one of them")
+            raise InputError("class_weight, mask_weight and dice_weight are 0; give one of them")
         return self
 
 

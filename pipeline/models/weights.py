@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pipeline.errors import InputError
 from pipeline.models.eomt_names import from_eomt
 from pipeline.models.mmseg import from_mmseg
 
@@ -59,14 +60,14 @@ def read_file(path: Path) -> dict[str, Any]:
     """Tensors on the CPU, plain data, and `Unread` for what is harmless.
 
     Raises:
-        ValueError: the file is missing or broken, holds anything but a dict, or names what a pickle
+        InputError: the file is missing or broken, holds anything but a dict, or names what a pickle
             could run.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
+        raise InputError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
     return content
 
 
@@ -74,7 +75,7 @@ def read_description(path: Path) -> dict[str, Any]:
     """What a file of safetensors of ours says of its weights; nothing of another tool's.
 
     Raises:
-        ValueError: the file can't be read.
+        InputError: the file can't be read.
     """
     with _opened(path) as file:
         return _described(file)
@@ -94,7 +95,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: not a file of safetensors that can be read: {error}") from None
+        raise InputError(f"{path}: not a file of safetensors that can be read: {error}") from None
 
 
 def _described(file: Any) -> dict[str, Any]:
@@ -108,14 +109,14 @@ def _read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different kind for each way of being broken
         if found := re.search(r"\bGLOBAL (\S+)", str(error)):
-            raise ValueError(
+            raise InputError(
                 f"{path}: not a checkpoint that can be loaded safely: it names {found[1]}, which "
                 "is neither a tensor nor plain data and could run code; if you trust the file, "
                 "save its state_dict alone, where it was made"
             ) from None
         # torch's own message recommends to load the file unsafely; its cause does not.
         reason = error.__context__ if isinstance(error, UnpicklingError) else error
-        raise ValueError(
+        raise InputError(
             f"{path}: not a checkpoint that can be loaded safely: {reason or error}"
         ) from error
 
@@ -135,7 +136,7 @@ def weights_of(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """The weights of a network in the content of a file, under our names.
 
     Raises:
-        ValueError: there are none.
+        InputError: there are none.
     """
     if is_own(content):
         return averaged(content)
@@ -146,7 +147,7 @@ def backbone_weights(path: Path) -> dict[str, Tensor]:
     """The weights of an encoder under its own names, from its own file or a whole network's.
 
     Raises:
-        ValueError: the file can't be read, or holds no weights.
+        InputError: the file can't be read, or holds no weights.
     """
     content = read_file(path)
     given = weights_of(content, path)
@@ -174,7 +175,7 @@ def _as_named_there(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     given = content.get("state_dict", content)
     bare = given is content
     if not isinstance(given, dict) or (bare and not all(map(_is_weight, given.items()))):
-        raise ValueError(
+        raise InputError(
             f"{path}: no weights: neither a checkpoint of this tool, nor one of MMSegmentation "
             "(with a state_dict), nor a state_dict itself"
         )

@@ -19,6 +19,7 @@ from pipeline import distributed
 from pipeline.data.files import IMAGE_SUFFIXES, by_stem, read_image, upright
 from pipeline.data.store import Array
 from pipeline.disk import FORMAT, write_atomically, write_json
+from pipeline.errors import InputError
 from pipeline.evaluation.report import blend, png, shrunk, write_mask
 from pipeline.prediction.model import WHOLE, Model, Sink, areas
 
@@ -55,7 +56,7 @@ class Folder:
         """Begin here, or go on where equal settings were at work.
 
         Raises:
-            ValueError: the folder holds results of other settings.
+            InputError: the folder holds results of other settings.
         """
         identity = settings | {
             "format": FORMAT,
@@ -67,7 +68,7 @@ class Folder:
             held = json.loads(path.read_text(encoding="utf-8"))
             differing = [name for name in identity if held.get(name) != identity[name]]
             if differing:
-                raise ValueError(
+                raise InputError(
                     f"{self.path}: holds predictions with another {', '.join(differing)}; choose "
                     "another --out, or delete it"
                 )
@@ -137,7 +138,7 @@ def find_photographs(inputs: Sequence[str]) -> list[Photograph]:
     A file's results have its stem for a name; of a folder's files the path below the folder.
 
     Raises:
-        ValueError: there is nothing of a name, or two photographs would have results of one name.
+        InputError: there is nothing of a name, or two photographs would have results of one name.
     """
     found: dict[str, Photograph] = {}
     for given in inputs:
@@ -153,14 +154,14 @@ def find_photographs(inputs: Sequence[str]) -> list[Photograph]:
                 if match.is_dir() or match.suffix.lower() in IMAGE_SUFFIXES
             ]
         if not own:
-            raise ValueError(
+            raise InputError(
                 f"{given}: no photograph: there must be a file, a folder with files of "
                 f"{', '.join(IMAGE_SUFFIXES)}, or a pattern that files match"
             )
         for one in own:
             other = found.setdefault(one.name, one)
             if other.path.resolve() != one.path.resolve():
-                raise ValueError(
+                raise InputError(
                     f"{other.path} and {one.path} would both become {one.name}; name a folder that "
                     "holds both, or give each an --out of its own"
                 )
@@ -172,7 +173,7 @@ def _below(path: Path) -> list[Photograph]:
         files, problems = by_stem(path, IMAGE_SUFFIXES)
         twice = [problem for problem in problems if "same stem" in problem]
         if twice:
-            raise ValueError(twice[0])
+            raise InputError(twice[0])
         return [Photograph(file, stem) for stem, file in files.items()]
     return [Photograph(path, path.stem)]
 
@@ -232,7 +233,7 @@ def _read_ahead(
         following = None
         try:
             read = Read(one, *current.result())
-        except ValueError as error:
+        except InputError as error:
             fail(str(error))
             continue
         if place + 1 < len(photographs) and not read.large:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pipeline.data.store import Array, Split, spread
 from pipeline.data.transforms import resized
 from pipeline.disk import FORMAT
+from pipeline.errors import InputError
 from pipeline.evaluation.inference import Predictor
 from pipeline.models.layers import resize
 from pipeline.precision import PRECISIONS, Normalization
@@ -114,7 +115,7 @@ def export_onnx(predictor: Predictor, about: dict[str, Any], head: str, path: Pa
     """Write the ONNX file of a predictor `in_one_view`, with its description.
 
     Raises:
-        ValueError: the network can't be exported; names the head, the rule and the remedy.
+        InputError: the network can't be exported; names the head, the rule and the remedy.
     """
     network = OneView(predictor).eval()
     dims = {1: torch.export.Dim("height", min=SIDES[0], max=SIDES[1])}
@@ -146,7 +147,7 @@ def export_onnx(predictor: Predictor, about: dict[str, Any], head: str, path: Pa
         except Exception as error:  # of torch.export there are dozens of kinds
             lines = filter(None, map(str.strip, str(error).splitlines()))
             reason = f"{type(error).__name__}: {next(lines, '')}"
-            raise ValueError(
+            raise InputError(
                 f"model.head.name {head} can't be exported to ONNX: its Python code must not "
                 f"depend on an image's size, and torch.export says: {reason}; "
                 "predict with the checkpoint instead (python -m stages.predict), or train a head "

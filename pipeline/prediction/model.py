@@ -17,6 +17,7 @@ from pipeline.data.files import read_image, upright
 from pipeline.data.store import Array
 from pipeline.data.transforms import resized
 from pipeline.disk import check_format
+from pipeline.errors import InputError
 from pipeline.evaluation.inference import Predictor
 from pipeline.evaluation.report import blend, write_mask
 from pipeline.models import ModelParams, build_model
@@ -141,11 +142,11 @@ class Model:
         the prediction is turned back. Each probability of C classes takes four bytes a pixel.
 
         Raises:
-            ValueError: the file can't be read, or the array has another form.
+            InputError: the file can't be read, or the array has another form.
         """
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-                raise ValueError(
+                raise InputError(
                     f"an image must be (H,W,3) uint8, not {image.shape} {image.dtype}: a grey one "
                     "is np.stack([grey] * 3, axis=2), and OpenCV's BGR is image[..., ::-1]"
                 )
@@ -254,12 +255,12 @@ def load_model(
     the mirrored image. Nothing in the file is run.
 
     Raises:
-        ValueError: the file is missing, broken, or not of this tool; the text names it.
+        InputError: the file is missing, broken, or not of this tool; the text names it.
     """
     path = Path(path)
     content = read_file(path)
     if not is_own(content):
-        raise ValueError(
+        raise InputError(
             f"{path}: not a model of this tool; weights of others are evaluated and kept as one by "
             "train.load_from with train.iterations: 0"
         )
@@ -280,7 +281,7 @@ def describe_file(path: Path) -> _Described:
     """What a file of safetensors says of its weights, which are not read.
 
     Raises:
-        ValueError: it is not what this tool writes.
+        InputError: it is not what this tool writes.
     """
     return describe(read_description(path), path)
 
@@ -289,15 +290,15 @@ def describe(content: Mapping[str, Any], path: Path) -> _Described:
     """What a checkpoint or a model of ours says of itself.
 
     Raises:
-        ValueError: it is not what this tool writes.
+        InputError: it is not what this tool writes.
     """
     told = {name: content.get(name) for name in _Described.model_fields}
     try:
         described = _Described.model_validate_json(json.dumps(told))
     except (TypeError, ValidationError) as error:
-        raise ValueError(f"{path}: its description can't be used: {error}") from None
+        raise InputError(f"{path}: its description can't be used: {error}") from None
     if not len(described.classes) == len(described.palette) == len(described.frequency):
-        raise ValueError(f"{path}: its description has not one colour and frequency a class")
+        raise InputError(f"{path}: its description has not one colour and frequency a class")
     return described
 
 
@@ -307,7 +308,7 @@ def build_predictor(
     """The network of a file's content with its own preprocessing, on a device.
 
     Raises:
-        ValueError: the weights do not fit the network that the description names.
+        InputError: the weights do not fit the network that the description names.
     """
     trained = described.params
     backbone = trained.model.backbone.model_copy(update={"pretrained": None, "with_cp": False})

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.store import Split
+from pipeline.errors import InputError
 from pipeline.evaluation.inference import Predictor, predictions
 from pipeline.evaluation.metrics import Matrix, confusion_matrix, iou_of, mean_of
 from pipeline.evaluation.uncertainty import intervals
@@ -83,11 +84,11 @@ def check(torch: Measured, onnx: Measured) -> None:
     """Refuse an export that says something else.
 
     Raises:
-        ValueError: gives both numbers and the rule.
+        InputError: gives both numbers and the rule.
     """
     cost = abs(torch.mean_iou - onnx.mean_iou)
     if onnx.share > DIFFERING or cost > COST:
-        raise ValueError(
+        raise InputError(
             f"the exported network differs from torch's at {onnx.differing} of {onnx.labelled} "
             f"labelled pixels, a share of {onnx.share:.2g}, and by {cost:.2g} of mean IoU; "
             f"{DIFFERING:g} and {COST:g} are the most that ties and last digits explain, so don't "

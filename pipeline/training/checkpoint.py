@@ -13,6 +13,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from pipeline.disk import FORMAT, check_format, write_atomically
+from pipeline.errors import InputError
 from pipeline.models.vit import ViT
 from pipeline.models.weights import (
     DESCRIPTION,
@@ -131,12 +132,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint of this tool.
 
     Raises:
-        ValueError: the file is missing, broken, no such checkpoint or one of another version.
+        InputError: the file is missing, broken, no such checkpoint or one of another version.
     """
     checkpoint = read_file(path)
     missing = GOES_ON - checkpoint.keys()
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{path}: not a checkpoint of this tool: no {', '.join(sorted(missing))}; weights "
             "alone can be started from by train.load_from, not gone on with"
         )
@@ -153,7 +154,7 @@ def load_weights(
     names of the model's classes; a warning says which of them have another name in the file.
 
     Raises:
-        ValueError: the file can't be read, or lists the weights that are missing, unknown or of
+        InputError: the file can't be read, or lists the weights that are missing, unknown or of
             another shape; if not `strict`, only where no weight fits.
     """
     content = read_file(path)
@@ -179,12 +180,12 @@ def fill(model: nn.Module, weights: dict[str, Tensor], source: str, strict: bool
     fitting, wrong = _compare(model.state_dict(), weights)
     listed = _listed(wrong)
     if wrong and strict:
-        raise ValueError(
+        raise InputError(
             f"{source} does not fit the model of params.yaml:\n{listed}\n"
             "change the model, or take what fits: train.load_from with train.load_strict: false"
         )
     if not fitting:
-        raise ValueError(f"{source} has no weight of the model of params.yaml:\n{listed}")
+        raise InputError(f"{source} has no weight of the model of params.yaml:\n{listed}")
     if wrong:
         log.warning("%s is loaded but for what does not fit:\n%s", source, listed)
     model.load_state_dict(fitting, strict=False)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from pipeline.errors import InputError
 from pipeline.models.network import Network
 from pipeline.precision import PRECISIONS, Normalization, Precision
 from pipeline.training.checkpoint import Checkpoint
@@ -94,7 +95,7 @@ def build_learner(
     """The network with all that trains it; `model` is the network as it trains, see Learner.
 
     Raises:
-        ValueError: train.layer_decay is set, and the backbone has no order of layers.
+        InputError: train.layer_decay is set, and the backbone has no order of layers.
 
     Sources: https://arxiv.org/abs/1710.03740 (scaler),
     https://docs.pytorch.org/docs/stable/optim.html#weight-averaging-swa-and-ema (average)
@@ -154,13 +155,13 @@ def layer_multiplier(backbone: nn.Module, name: str, layer_decay: float) -> floa
     """What `train.lr` is multiplied by for a parameter of the backbone: less for early layers.
 
     Raises:
-        ValueError: the backbone has no order of layers.
+        InputError: the backbone has no order of layers.
     """
     if layer_decay == 1:
         return 1.0
     multiplier = getattr(backbone, "lr_mult", None)
     if multiplier is None:
-        raise ValueError(
+        raise InputError(
             f"train.layer_decay {layer_decay}: this backbone has no order of layers; use 1, or a "
             "plain transformer, vit_*"
         )

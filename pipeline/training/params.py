@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.errors import InputError
 from pipeline.params import (
     Above0,
     AtLeast0,
@@ -95,7 +96,7 @@ class TrainParams(Section):
     def _stays_in_the_repository(cls, work_dir: str) -> str:
         path = Path(work_dir)
         if path.is_absolute() or ".." in path.parts or not path.parts:
-            raise ValueError(
+            raise InputError(
                 f"must be a folder inside the repository, relative to it, not {work_dir!r}: "
                 "DVC refuses any other output, and only after the training"
             )
@@ -107,7 +108,7 @@ class TrainParams(Section):
         if rest := self.batch_size % share:
             lower = self.batch_size - rest
             near = f"{lower} or {lower + share}" if lower else str(share)
-            raise ValueError(
+            raise InputError(
                 f"batch_size {self.batch_size} is the batch of all processes together; it must be "
                 f"divisible by gpus x accumulation = {self.gpus} x {self.accumulation}; "
                 f"use {near}"
@@ -117,5 +118,5 @@ class TrainParams(Section):
     @model_validator(mode="after")
     def _starts_from_one_file(self) -> Self:
         if self.resume_from and self.load_from:
-            raise ValueError("resume_from and load_from exclude each other; set one of them null")
+            raise InputError("resume_from and load_from exclude each other; set one of them null")
         return self

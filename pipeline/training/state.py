@@ -19,6 +19,7 @@ from typing import Any, TypedDict, cast
 from filelock import FileLock, Timeout
 
 from pipeline.disk import check_format, file_md5, write_atomically
+from pipeline.errors import InputError
 from pipeline.evaluation.inference import EvaluationParams
 from pipeline.models import ModelParams
 from pipeline.models.weights import read_file
@@ -147,19 +148,19 @@ def start_files(params: TrainParams) -> list[Path]:
     along, so that the best checkpoint so far is not forgotten.
 
     Raises:
-        ValueError: a file does not exist, or DVC deletes it before the training starts.
+        InputError: a file does not exist, or DVC deletes it before the training starts.
     """
     given = params.load_from or params.resume_from
     if not given:
         return []
     path = (main_checkout() / given).resolve()
     if path.is_relative_to((main_checkout() / params.work_dir).resolve()):
-        raise ValueError(
+        raise InputError(
             f"train.resume_from / load_from: {given} lies in train.work_dir {params.work_dir}, "
             "whose files DVC deletes before the stage starts; copy it elsewhere first"
         )
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"train.resume_from / load_from: no file {path}; a relative name is looked up in "
             f"{main_checkout()}"
         )
@@ -182,13 +183,13 @@ class State:
         """Be the only process that writes this state; what other trainings left too long goes.
 
         Raises:
-            ValueError: another training with the same fingerprint is running.
+            InputError: another training with the same fingerprint is running.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             held = FileLock(self.folder / "lock", timeout=LOCK_PATIENCE).acquire()
         except Timeout:
-            raise ValueError(
+            raise InputError(
                 f"another process is doing this very training (it holds {self.folder}/lock); "
                 "wait for it, or end it"
             ) from None
@@ -260,7 +261,7 @@ class State:
         """The last saved checkpoint and the curves up to it.
 
         Raises:
-            ValueError: it is broken, or another version of this tool wrote it.
+            InputError: it is broken, or another version of this tool wrote it.
         """
         saved = read_file(self._state)
         check_format(saved, self._state, f"delete {self.folder} to train anew")
