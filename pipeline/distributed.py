@@ -4,16 +4,19 @@ Every helper is right with one process and no process group, on gloo and on nccl
 """
 
 import ctypes
+import logging
 import os
 import platform
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,7 +24,16 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.errors import InputError
+from pipeline.errors import INTERRUPTED, InputError
+from pipeline.monitor import FIRST as FIRST
+from pipeline.monitor import Monitor
+
+PATIENCE = 300.0  # seconds
+# The backend's own limit, for where the monitor fails, in those of the monitor: it does not know
+# whether the others get on.
+BACKEND_PATIENCE = 12
+
+_monitor: Monitor | None = None  # of the processes that train together, where there are more
 
 
 def rank() -> int:
@@ -57,6 +69,27 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def at(what: str, allowance: float = 0.0) -> None:
+    """Tell the other ranks that this one is at a place that all come to, in the same order.
+
+    There it may rightly do nothing to be seen for so many seconds more.
+    """
+    if _monitor is not None:
+        _monitor.at(what, allowance)
+
+
+def alive() -> None:
+    """Tell them that it gets on there, however long it takes."""
+    if _monitor is not None:
+        _monitor.alive()
+
+
+def when_lost(call: Callable[[], object]) -> None:
+    """Have this called before the process ends since another one holds it up."""
+    if _monitor is not None:
+        _monitor.lost = call
 
 
 def barrier() -> None:
@@ -98,17 +131,30 @@ def hand_over(module: str, processes: int, arguments: Sequence[str] = ()) -> boo
     """
     if processes == 1 or "WORLD_SIZE" in os.environ:
         return False
+    logging.disable()  # what torchrun says in pages, we say in a line
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     options = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]  # 0: a free port
     options += ["--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, free_cores() // processes)))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    # torchrun hands signals on to its processes, but not this one.
+    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         run.main([*options, "-m", module, *arguments])
-    except ChildFailedError as error:  # the process has said why
-        sys.exit(error.get_first_failure()[1].exitcode)
+    except SignalException:  # the first process has said the rest
+        for child in psutil.Process().children():  # left over by a second signal alone
+            child.kill()
+        sys.exit(INTERRUPTED)
+    except ChildFailedError as error:
+        killed = [
+            f"rank {one} (process {it.pid}) was ended by {it.signal_name()}"
+            for one, it in error.failures.items()
+            if it.exitcode < 0
+        ]
+        sys.exit("; ".join(killed) or error.get_first_failure()[1].exitcode)
     return True
 
 
@@ -135,8 +181,11 @@ def die_with_parent() -> None:
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[torch.device]:
+def process_group(device: str, patience: float = PATIENCE) -> Iterator[torch.device]:
     """Join the processes that a launcher has started beside this one, and yield its device.
+
+    A process that does not get on with anything for `patience` seconds, while others wait for it,
+    ends all of them.
 
     The launcher says in WORLD_SIZE how many there are, in RANK and LOCAL_RANK which of all and
     which of this machine's this one is, in MASTER_ADDR and MASTER_PORT where they meet: what
@@ -152,11 +201,35 @@ def process_group(device: str) -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield own
         return
-    dist.init_process_group("nccl" if use_cuda else "gloo", device_id=own if use_cuda else None)
+    limit = timedelta(seconds=BACKEND_PATIENCE * patience)
+    backend = "nccl" if use_cuda else "gloo"
+    dist.init_process_group(backend, timeout=limit, device_id=own if use_cuda else None)
     try:
-        yield own
+        with _monitored(patience):
+            yield own
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        sys.exit(f"rank {rank()} waits in vain for another: {' '.join(str(error).split())[:200]}")
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _monitored(patience: float) -> Iterator[None]:
+    """Watch the other ranks, and be watched by them."""
+    global _monitor
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = timedelta(seconds=patience)
+    store = dist.TCPStore(address, port, is_master=False, timeout=limit)  # type: ignore[attr-defined]
+    _monitor = Monitor(store, rank(), world_size(), patience)
+    barrier()
+    _monitor.start()
+    try:
+        yield
+    finally:
+        _monitor.close()
+        _monitor = None
 
 
 def described(device: torch.device) -> str:

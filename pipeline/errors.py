@@ -1,4 +1,6 @@
-"""What is wrong with what a user gave."""
+"""What ends a stage or a command and is no fault of this tool."""
+
+INTERRUPTED = 75  # an exit code, EX_TEMPFAIL of sysexits.h: the same command again goes on
 
 
 class InputError(ValueError):
@@ -6,4 +8,11 @@ class InputError(ValueError):
 
     Stages and commands say the text alone. Any other error is a fault of this tool, and shows where
     it happened. Validators of pydantic raise it, too, which is why it is a ValueError.
+    """
+
+
+class Interrupted(BaseException):
+    """A signal has asked the process to end, and it has; the text says how to go on.
+
+    As with KeyboardInterrupt, what handles errors is not to take it for one.
     """

@@ -12,8 +12,6 @@ import logging
 import os
 import queue
 import re
-import signal
-import sys
 import tempfile
 import threading
 import time
@@ -27,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from pipeline.data.store import Array
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Interrupted
 from pipeline.evaluation.report import panel
 from pipeline.params import Positive, Section, main_checkout
 from pipeline.provenance import DVC_TAGS
@@ -392,45 +390,15 @@ class MlflowTracker(Tracker):
 def tracked(tracker: Tracker) -> Iterator[None]:
     """Do the work of a `with` block, and end the tracker's run as the work ends.
 
-    FINISHED where the block ends, FAILED by an error, KILLED by Ctrl-C or SIGTERM. A thread ends
-    run and process after a signal, and not the main one, which may be waiting inside of torch for
-    a rank that the same signal has ended.
+    FINISHED where the block ends, KILLED where a signal has ended it, FAILED by anything else.
     """
-    signals = (signal.SIGINT, signal.SIGTERM)
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-
-    def end_when_told() -> None:
-        while (number := int.from_bytes(os.read(reader, 1))) not in signals:
-            if not number:  # the block has ended
-                return
-        log.warning(
-            "ended by %s; the same command goes on from the last checkpoint",
-            signal.Signals(number).name,
-        )
-        tracker.finish("KILLED")
-        sys.stdout.flush()
-        os._exit(128 + number)
-
-    thread = threading.Thread(target=end_when_told, name="signals", daemon=True)
-    thread.start()
-    before = {number: signal.signal(number, lambda *_: None) for number in signals}
-    descriptor = signal.set_wakeup_fd(writer)
     try:
         yield
-    except BaseException:
-        tracker.finish("FAILED")
+    except BaseException as error:
+        tracker.finish("KILLED" if isinstance(error, Interrupted) else "FAILED")
         raise
     else:
         tracker.finish("FINISHED")
-    finally:
-        signal.set_wakeup_fd(descriptor)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.write(writer, b"\0")
-        thread.join()
-        os.close(reader)
-        os.close(writer)
 
 
 def open_training_run(

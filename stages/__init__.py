@@ -12,11 +12,15 @@ import os
 import sys
 from collections.abc import Callable
 
-from pipeline.errors import InputError
+from pipeline.errors import INTERRUPTED, InputError, Interrupted
+from pipeline.interruption import end_by_signals, raise_by_signals
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # of a broken file we say it, with its name
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+if sys.argv[0] == "-m":  # this is `python -m stages.<name>`, and importing torch takes seconds
+    end_by_signals()
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -35,12 +39,17 @@ def keep_freed_memory() -> None:
 def run_main(main: Callable[[], None]) -> None:
     """Run a stage or command to its end; an InputError is said alone, with exit code 1.
 
-    Its objects are then kept from the garbage collector, which would look for cycles in all that
-    torch and MLflow have made, a second long, in a process that ends.
+    After SIGTERM, Ctrl-C or SIGUSR1 one line says how to go on, and the exit code is INTERRUPTED.
+    The objects of a stage that ends are kept from the garbage collector, which would look for
+    cycles in all that torch and MLflow have made, a second long.
     """
+    raise_by_signals()
     try:
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except Interrupted as ended:
+        print(ended, end="\n" if str(ended) else "", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
     finally:
         gc.freeze()

@@ -43,7 +43,7 @@ def main() -> None:
     device = params.train.device
     processes = distributed.processes_here(device, params.train.gpus)  # any machine can evaluate
     if not distributed.hand_over("stages.evaluate", processes):
-        with distributed.process_group(device) as own:
+        with distributed.process_group(device, params.train.timeout) as own:
             run(params, own)
 
 

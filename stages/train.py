@@ -3,6 +3,7 @@
 import argparse
 import logging
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from pipeline.disk import FORMAT, MODEL, write_json
 from pipeline.errors import InputError
 from pipeline.evaluation.inference import Predictor
 from pipeline.experiment import Params, load_params
+from pipeline.interruption import finishing
 from pipeline.models import ModelParams, build_model
 from pipeline.models.network import Labels
 from pipeline.models.weights import averaged
@@ -38,7 +40,7 @@ from pipeline.training.checkpoint import (
     load_weights,
     save_model,
 )
-from pipeline.training.loop import Intervals, Progress, train
+from pipeline.training.loop import Intervals, Progress, Training
 from pipeline.training.optimization import Learner, build_learner
 from pipeline.training.state import (
     Identity,
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start_files(params.train)
     distributed.check_devices(params.train.device, params.train.gpus)
     if not distributed.hand_over("stages.train", params.train.gpus, given):
-        with distributed.process_group(params.train.device) as device:
+        with distributed.process_group(params.train.device, params.train.timeout) as device:
             run(params, device, until)
 
 
@@ -108,8 +110,14 @@ def run(params: Params, device: torch.device, until: int | None) -> None:
         rare = options.rare_class_temperature
         # Lines that are logged appear above the progress bar.
         above = logging_redirect_tqdm([log]) if sys.stderr.isatty() else nullcontext()
-        with tracked(tracker), Writer() as writer, above:
-            train(
+        with (
+            finishing(partial(end_late, tracker)) as interruption,
+            tracked(tracker),
+            Writer() as writer,
+            above,
+        ):
+            distributed.when_lost(partial(tracker.finish, "KILLED"))
+            Training(
                 learner,
                 progress,
                 samples=Samples(
@@ -134,21 +142,33 @@ def run(params: Params, device: torch.device, until: int | None) -> None:
                 track=tracker.log,
                 show=partial(tracker.log_picture, colours=store.colours),
                 until=options.total if until is None else until,
-            )
+                interruption=interruption,
+            ).run()
             if first and until is not None:
                 for iteration, md5 in progress.hashes.items():
                     print(f"weights after {iteration} iterations: {md5}")
             if proper:
-                state.write_outputs(Path(options.work_dir))
-                write_model(params, store, learner)
-                record_outputs(
-                    params,
-                    state,
-                    tracker,
-                    code=code,
-                    hashes=progress.hashes,
-                    machine=distributed.machine(device),
-                )
+                with interruption.immediate():
+                    state.write_outputs(Path(options.work_dir))
+                    write_model(params, store, learner)
+                    record_outputs(
+                        params,
+                        state,
+                        tracker,
+                        code=code,
+                        hashes=progress.hashes,
+                        machine=distributed.machine(device),
+                    )
+
+
+def end_late(tracker: Tracker, asked: signal.Signals) -> None:
+    """A signal has come, and the step or what it waits for has not ended in time."""
+    log.warning(
+        "ended by %s, in the middle of what takes too long; the same command goes on from the last "
+        "checkpoint",
+        asked.name,
+    )
+    tracker.finish("KILLED")
 
 
 def result_of(params: Params) -> dict[str, Any]:
@@ -194,6 +214,8 @@ def starting_point(params: Params, state: State) -> tuple[Checkpoint | None, Pro
             history=saved["history"],
             means=saved["means"],
             hashes=saved["hashes"],
+            left_out=saved["left_out"],
+            unmeasured=saved["unmeasured"],
         )
     elif options.resume_from:
         path, *best = start_files(options)
@@ -210,7 +232,6 @@ def starting_point(params: Params, state: State) -> tuple[Checkpoint | None, Pro
                 f"train.iterations + train.extend, {options.total}, must be more"
             )
         progress = Progress(checkpoint["iteration"])
-        progress.means["since"] = progress.iteration
         if best and options.validation:
             progress.best = adopt_best(best[0], checkpoint, state)
     else:

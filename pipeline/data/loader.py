@@ -4,6 +4,7 @@ The sample number counts on for ever: number = iteration * batch_size + position
 batch. Neither ranks nor workers nor a restart change which image a number is, or how it is drawn.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 
 import cv2
@@ -146,10 +147,13 @@ def build_loader(
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_worker,
         multiprocessing_context="spawn" if workers else None,  # a fork copies running threads
     )
 
 
-def _one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
+    """One thread a worker; what asks all processes to end is for the one that loads for a step."""
     cv2.setNumThreads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -192,6 +192,7 @@ class Predictor:
         views = self._views(images)
         first = views[0].scores(shape, slice(0, 1))  # tells how many classes there are
         for rows in bands(slice(0, shape[0]), first.numel()):
+            distributed.alive()
             if len(views) == 1:
                 yield views[0].scores(shape, rows)
                 continue
@@ -256,17 +257,27 @@ def _batches(split: Split, indices: list[int], batch_size: int) -> Iterator[list
         yield batch
 
 
-def evaluate(predictor: Predictor, split: Split, num_classes: int, ignore_index: int) -> Matrix:
+def evaluate(
+    predictor: Predictor,
+    split: Split,
+    num_classes: int,
+    ignore_index: int,
+    asked: Callable[[], bool] = lambda: False,
+) -> Matrix | None:
     """The confusion matrix of a split, (C,C) int64.
 
-    Every image is measured on exactly one rank, and the result is the same on each.
+    Every image is measured on exactly one rank, and the result is the same on each: None where any
+    of them was `asked`, between two images, to stop.
     """
     total = np.zeros((num_classes, num_classes), np.int64)
+    stopped = False
     for _, target, prediction in predictions(predictor, split, _own(split)):
         total += confusion_matrix(target, prediction, num_classes, ignore_index)
-    on_device = torch.from_numpy(total).to(predictor.device)
+        if stopped := asked():
+            break
+    on_device = torch.from_numpy(np.append(total, stopped)).to(predictor.device)
     summed: Matrix = distributed.sum_over_ranks(on_device).cpu().numpy()
-    return summed
+    return None if summed[-1] else summed[:-1].reshape(total.shape)
 
 
 def evaluate_images(

@@ -1,12 +1,13 @@
 """The training loop: fetch, forward, loss, backward, step, schedule; then evaluate, save, log."""
 
 import logging
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,12 +17,15 @@ from pipeline import distributed
 from pipeline.data.loader import RankBatches, Samples, build_loader
 from pipeline.data.store import Array, Split, spread
 from pipeline.disk import FORMAT
+from pipeline.errors import InputError, Interrupted
 from pipeline.evaluation.inference import Predictor, evaluate, predictions
 from pipeline.evaluation.metrics import summarize
+from pipeline.interruption import Interruption
 from pipeline.params import flatten
 from pipeline.training.checkpoint import Best, Description, build_checkpoint, weights_md5
-from pipeline.training.optimization import Learner
+from pipeline.training.optimization import Learner, learning_rate
 from pipeline.training.params import TrainParams
+from pipeline.training.reports import Reports
 from pipeline.training.speed import Stopwatch
 from pipeline.training.state import HistoryEntry, Means, Saved, State, Writer
 
@@ -41,6 +45,16 @@ class Intervals(NamedTuple):
     save: int
 
 
+class Step(NamedTuple):
+    """What a step has found on this rank: its share of each term, fp64 () on the device.
+
+    `finite`, boolean (): the loss is, and so is the gradient of all ranks.
+    """
+
+    terms: dict[str, Tensor]
+    finite: Tensor
+
+
 @dataclass
 class Progress:
     """All that changes while a training runs, besides the learner's tensors.
@@ -48,108 +62,231 @@ class Progress:
     `history` holds the curves, {"iteration": i, "train/loss": ..., ...} in the order of the
     iterations; timings stand under `time/` and are no part of the result. `means` holds what the
     next point of the training curves is the mean of. `hashes` has the md5 of the weights after some
-    of the iterations, by which another training is known to be the same.
+    of the iterations, by which another training is known to be the same. `left_out` counts steps
+    whose loss or gradient was not finite. `unmeasured`: the validation that this iteration ends
+    with was interrupted.
     """
 
     iteration: int = 0
     best: Best | None = None
     history: list[HistoryEntry] = field(default_factory=list)
-    means: Means = field(default_factory=lambda: Means(since=0, sums={}))
+    means: Means = field(default_factory=lambda: Means(steps=0, sums={}))
     hashes: dict[str, str] = field(default_factory=dict)
+    left_out: int = 0
+    unmeasured: bool = False
 
 
-def train(
-    learner: Learner,
-    progress: Progress,
-    *,
-    samples: Samples,
-    validation: Split,
-    predictor: Predictor,
-    options: TrainParams,
-    intervals: Intervals,
-    state: State,
-    writer: Writer,
-    description: Description,
-    track: Callable[[HistoryEntry], None],
-    show: Show,
-    until: int,
-) -> None:
-    """Train from progress.iteration to `until`; at the end, leave the last checkpoint in `state`.
+@dataclass
+class Training:
+    """A training under way, from progress.iteration to `until`.
 
     `predictor` measures the learner's network on the split `validation`; `writer` writes the
     checkpoints, and `description` is what they say of themselves. `track` takes each new entry of
     the history and `show`, at each validation, some images with their targets and predictions;
-    neither must hold up the loop.
+    neither must hold up the loop. `interruption` says when to end before its time.
     """
-    device, main = learner.device, distributed.rank() == 0
-    batches = RankBatches(
-        (options.batch_size, options.accumulation),
-        (progress.iteration, min(until, options.total)),
-        distributed.rank(),
-        distributed.world_size(),
-    )
-    loader = build_loader(samples, batches, options.workers, device.type == "cuda")
-    ends = (options.iterations, options.total)
-    recent: dict[str, Tensor] = {}
-    watch = Stopwatch(device, options.batch_size)
-    quiet = not (main and sys.stderr.isatty())
-    bar = tqdm(total=options.total, initial=progress.iteration, desc="train", disable=quiet)
-    learner.model.train()
-    for batch in loader:
-        watch.fetched()
+
+    learner: Learner
+    progress: Progress
+    samples: Samples
+    validation: Split
+    predictor: Predictor
+    options: TrainParams
+    intervals: Intervals
+    state: State
+    writer: Writer
+    description: Description
+    track: Callable[[HistoryEntry], None]
+    show: Show
+    until: int
+    interruption: Interruption
+
+    def __post_init__(self) -> None:
+        self._first = distributed.rank() == 0
+        self._reports = Reports()
+        self._asked = False  # to end, as all ranks know
+        self._watch = Stopwatch(self.learner.device, self.options.batch_size)
+        self._begin = self.progress.iteration
+        total, quiet = self.options.total, not (self._first and sys.stderr.isatty())
+        self._bar = tqdm(total=total, initial=self._begin, desc="train", disable=quiet)
+
+    def run(self) -> None:
+        """Train, and leave the last checkpoint in `state`.
+
+        Raises:
+            InputError: the loss or the gradient was not finite, or the device has too little memory
+                for a step.
+            Interrupted: a signal has come; the state is that after the last iteration.
+        """
+        options, progress, until = self.options, self.progress, self.until
+        self.learner.model.train()
+        if progress.unmeasured:
+            self._conclude()
+        if stopped_early(progress.history, options):  # by an attempt that was ended just then
+            until = progress.iteration
+        batches = RankBatches(
+            (options.batch_size, options.accumulation),
+            (progress.iteration, min(until, options.total)),
+            distributed.rank(),
+            distributed.world_size(),
+        )
+        pinned = self.learner.device.type == "cuda"
+        for batch in build_loader(self.samples, batches, options.workers, pinned):
+            self._watch.fetched()
+            self._iterate(batch)
+            if self._conclude():
+                break
+            self._watch.waiting()
+            distributed.at(f"loading the batch of iteration {progress.iteration + 1}")
+        if self._first and options.total == 0:  # the weights as they were loaded
+            self._save(improved=False)
+        self.writer.wait()
+        self._bar.close()
+
+    def _iterate(self, batch: Batch) -> None:
+        """One step, and what all ranks have to say of the steps so far."""
+        learner, options, progress = self.learner, self.options, self.progress
+        cold = distributed.FIRST if progress.iteration == self._begin else 0.0
+        distributed.at(f"iteration {progress.iteration + 1}", cold)
         learner.network.advance(progress.iteration / options.horizon(progress.iteration))
-        lr = learner.set_learning_rate(options, progress.iteration)
-        for name, term in train_step(learner, batch, options.accumulation).items():
-            recent[name] = recent.get(name, 0) + term
+        learner.set_learning_rate(options, progress.iteration)
+        try:
+            step = train_step(learner, batch, options.accumulation, options.leave_out_nonfinite > 0)
+        except torch.OutOfMemoryError as error:
+            raise InputError(out_of_memory(error, options)) from None
         progress.iteration += 1
-        bar.update()
+        self._bar.update()
+        self._reports.send(progress.iteration, *step, asked=self.interruption.asked is not None)
+        self._hear(wait=False)
 
-        ended = progress.iteration in ends
-        logged = ended or progress.iteration % intervals.log == 0
-        validated = options.validation and (ended or progress.iteration % intervals.validate == 0)
-        saved = ended or validated or progress.iteration % intervals.save == 0
+    def _hear(self, wait: bool) -> None:
+        """Take in the reports of past steps: of all, or of those whose results need no waiting."""
+        for report in self._reports.read(wait):
+            self._asked |= report.asked
+            means = self.progress.means
+            if report.finite:
+                means["steps"] += 1
+                for name, term in report.terms.items():
+                    means["sums"][name] = means["sums"].get(name, 0.0) + term
+            else:
+                self._refuse(report.iteration)
+
+    def _refuse(self, iteration: int) -> None:
+        """A step whose loss or gradient is not finite: left out, or the end of the training."""
+        options, progress = self.options, self.progress
+        first = (iteration - 1) * options.batch_size
+        images = (self.samples.index(first + place) for place in range(options.batch_size))
+        names = [self.samples.split.entries[image].name for image in images]
+        said = f"iteration {iteration}: the loss or its gradient is not finite, on {names}"
+        progress.left_out += 1
+        if progress.left_out <= options.leave_out_nonfinite:
+            log.warning("%s; the step is left out", said)
+            return
+        self.writer.wait()
+        if not self._first:
+            sys.exit(1)  # the first process says it
+        raise InputError(
+            f"{said}; no weights after it are kept. Look at these images, lower train.lr, set "
+            "train.clip_grad_norm, or let some such steps be left out: train.leave_out_nonfinite"
+        )
+
+    def _conclude(self) -> bool:
+        """What follows a step: a point of the curves, a validation, a saved state.
+
+        Says whether the training has ended before its last iteration.
+        """
+        progress, every = self.progress, self.intervals
+        last = progress.iteration in (self.options.iterations, self.options.total)
+        logs = last or progress.iteration % every.log == 0
+        validates = self.options.validation and (last or progress.iteration % every.validate == 0)
+        saves = last or validates or progress.iteration % every.save == 0
+        if logs or saves or self._asked:
+            self._hear(wait=True)
         entry: HistoryEntry = {"iteration": progress.iteration}
-        if logged or saved:
-            collect_terms(progress.means, recent)
-        if logged:
-            entry |= mean_terms(progress) | {"train/lr": lr} | watch.read()
-            bar.set_postfix_str(summary_line(entry, ", "))
-        improved = False
-        if validated:
-            watch.pause()
-            scores = validate(predictor, validation, description)
-            if main:
-                show_some(predictor, validation, progress.iteration, show)
-            learner.model.train()
-            watch.go_on()
-            entry |= scores
-            improved = progress.best is None or scores["val/mean_iou"] > progress.best["mean_iou"]
-            if improved:
-                progress.best = Best(iteration=progress.iteration, mean_iou=scores["val/mean_iou"])
-            assert progress.best is not None
-            entry |= {f"val/best_{name}": value for name, value in progress.best.items()}
-        if (logged or validated) and main:
+        scores = self._validate() if validates else {}
+        if scores is None:
+            self._interrupt()
+        stops = validates and stopped_early([*progress.history, entry | scores], self.options)
+        if logs or stops:
+            rate = learning_rate(self.options, progress.iteration - 1)
+            entry |= mean_terms(progress) | {"train/lr": rate} | self._watch.read()
+            self._bar.set_postfix_str(summary_line(entry, ", "))
+        entry |= scores
+        if self._first and len(entry) > 1:
             progress.history.append(entry)
-            track(entry)
+            self.track(entry)
             log.info("%s", summary_line(entry, "  "))
-        if main and (progress.iteration in HASHED or progress.iteration == until or ended):
-            progress.hashes[str(progress.iteration)] = weights_md5(learner.network)
-        if saved and main:
-            save_progress(learner, progress, state, description, writer=writer, improved=improved)
-        watch.waiting()
-    if main and options.total == 0:  # the weights as they were loaded
-        save_progress(learner, progress, state, description, writer=writer, improved=False)
-    writer.wait()
-    bar.close()
+        ends = last or stops or progress.iteration == self.until
+        if self._first and (progress.iteration in HASHED or ends):
+            progress.hashes[str(progress.iteration)] = weights_md5(self.learner.network)
+        if saves:
+            best = progress.best
+            self._save(improved=best is not None and best["iteration"] == progress.iteration)
+        if stops:
+            log.info("no validation has been better for long enough: train.early_stop")
+        elif self._asked and not last:
+            self._interrupt()
+        return stops
+
+    def _validate(self) -> HistoryEntry | None:
+        """The scores on val, and the best of them; None where a signal has come.
+
+        What is missing then is caught up with by the next attempt.
+        """
+        progress = self.progress
+        distributed.at(f"the validation after iteration {progress.iteration}")
+        self._watch.pause()
+        scores = None
+        if not self._asked:
+            scores = validate(
+                self.predictor, self.validation, self.description, self.interruption.noted
+            )
+        progress.unmeasured = scores is None
+        if scores is None:
+            return None
+        if self._first:
+            show_some(self.predictor, self.validation, progress.iteration, self.show)
+        self.learner.model.train()
+        self._watch.go_on()
+        mean = scores["val/mean_iou"]
+        if progress.best is None or mean > progress.best["mean_iou"]:
+            progress.best = Best(iteration=progress.iteration, mean_iou=mean)
+        return scores | {f"val/best_{name}": value for name, value in progress.best.items()}
+
+    def _save(self, improved: bool) -> None:
+        if self._first:
+            save_progress(
+                self.learner,
+                self.progress,
+                self.state,
+                self.description,
+                writer=self.writer,
+                improved=improved,
+            )
+
+    def _interrupt(self) -> NoReturn:
+        """Save the state after this very iteration, and end."""
+        self._save(improved=False)
+        self.writer.wait()
+        self._bar.close()
+        asked = self.interruption.asked
+        log.warning(
+            "ended by %s after iteration %d, whose state is saved; the same command goes on there",
+            asked.name if asked else "a signal to another process",
+            self.progress.iteration,
+        )
+        raise Interrupted
 
 
-def train_step(learner: Learner, batch: Batch, accumulation: int) -> dict[str, Tensor]:
-    """One optimizer step on this rank's share of the batch; returns its share of each loss term.
+def train_step(learner: Learner, batch: Batch, accumulation: int, leave_out: bool = False) -> Step:
+    """One optimizer step on this rank's share of the batch; returns what it has found.
 
     The batch is images (n,h,w,3) uint8, targets (n,h,w) uint8, keys (n,) int64: the microbatches,
-    `accumulation` of them, one after another. The terms are fp64 scalars on the device.
+    `accumulation` of them, one after another. With `leave_out` nothing changes where the loss or
+    the gradient is not finite on any rank; the device is then waited for at every step.
     """
     network, device = learner.network, learner.device
+    statistics = [one.clone() for one in network.buffers()] if leave_out else []
     images, targets, keys = (part.to(device, non_blocking=True) for part in batch)
     divisors = distributed.sum_over_ranks(network.count(targets))
     divisors += divisors == 0  # nothing to learn from: a loss of 0 / 1
@@ -165,35 +302,66 @@ def train_step(learner: Learner, batch: Batch, accumulation: int) -> dict[str, T
             torch.autograd.backward(learner.scaler.scale(torch.stack([*losses.values()]).sum()))
         for name, loss in losses.items():
             terms[name] = terms.get(name, 0) + loss.detach()
-    learner.step()
-    return terms
-
-
-def collect_terms(means: Means, recent: dict[str, Tensor]) -> None:
-    """Move the sums of recent steps, of all ranks, into `means`.
-
-    Before every saved state, too: so that the order of the additions, and with it the last bit of a
-    mean, does not tell whether a training was interrupted there.
-    """
-    totals = distributed.sum_over_ranks(torch.stack([*recent.values()])).tolist()
-    for name, total in zip(recent, totals, strict=True):
-        means["sums"][name] = means["sums"].get(name, 0.0) + total
-    recent.clear()
+        distributed.alive()
+    finite = learner.clip() & torch.stack([*terms.values()]).sum().isfinite()
+    if leave_out and distributed.sum_over_ranks((~finite).double()).item():
+        for own, before in zip(network.buffers(), statistics, strict=True):
+            own.copy_(before)
+        learner.optimizer.zero_grad()
+    else:
+        learner.step()
+    return Step(terms, finite)
 
 
 def mean_terms(progress: Progress) -> HistoryEntry:
     """The mean of each term of the loss since the last point, and of their sum; starts anew."""
-    steps = progress.iteration - progress.means["since"]
-    terms = {name: total / steps for name, total in progress.means["sums"].items()}
-    progress.means = Means(since=progress.iteration, sums={})
+    steps, sums = progress.means["steps"], progress.means["sums"]
+    progress.means = Means(steps=0, sums={})
+    if steps == 0:  # all were left out
+        return {}
+    terms = {name: total / steps for name, total in sums.items()}
     named = {f"train/loss/{name}": value for name, value in terms.items()}
     return {"train/loss": sum(terms.values())} | named
 
 
-def validate(predictor: Predictor, split: Split, labels: Description) -> HistoryEntry:
-    """The scores on a split, for the history."""
+def stopped_early(history: Sequence[HistoryEntry], options: TrainParams) -> bool:
+    """Whether the last `patience` validations have not been better than one before them.
+
+    Better is more than `min_gain` above it.
+    """
+    if options.early_stop is None:
+        return False
+    highest, waited = -math.inf, 0
+    for entry in history:
+        mean = entry.get("val/mean_iou")
+        if mean is None:
+            continue
+        waited += 1
+        if mean > highest + options.early_stop.min_gain:
+            highest, waited = mean, 0
+    return waited >= options.early_stop.patience
+
+
+def out_of_memory(error: torch.OutOfMemoryError, options: TrainParams) -> str:
+    """What may fit where a step does not."""
+    share = options.microbatch // distributed.world_size()
+    parts = [part for part in range(2, share + 1) if share % part == 0]
+    said = f"the device's memory does not hold a step: {str(error).partition('. ')[0]}"
+    if parts:
+        said += f"; set train.accumulation: {options.accumulation * parts[0]}"
+    return f"{said}; or model.backbone.with_cp: true, train.precision: bf16, a smaller crop_size"
+
+
+def validate(
+    predictor: Predictor, split: Split, labels: Description, asked: Callable[[], bool]
+) -> HistoryEntry | None:
+    """The scores on a split, for the history; None where any rank was asked to end."""
     classes, ignore_index = labels["classes"], labels["ignore_index"]
-    confusion = evaluate(predictor, split, len(classes), ignore_index)
+    confusion = evaluate(
+        predictor, split, num_classes=len(classes), ignore_index=ignore_index, asked=asked
+    )
+    if confusion is None:
+        return None
     scores = flatten(summarize(confusion, classes))
     return {f"val/{name}": value for name, value in scores.items()}
 
@@ -228,6 +396,8 @@ def save_progress(
         history=history,
         means=means,
         hashes={**progress.hashes},
+        left_out=progress.left_out,
+        unmeasured=progress.unmeasured,
     )
 
     def write() -> None:

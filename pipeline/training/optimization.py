@@ -56,11 +56,22 @@ class Learner:
             group["lr"] = learning_rate(params, iteration, group["lr_mult"])
         return learning_rate(params, iteration)
 
-    def step(self) -> None:
-        """From the gradients of a batch, by now whole, to new weights and their new average."""
+    def clip(self) -> Tensor:
+        """Make the gradients of a batch, by now whole, ready for `step`; whether they are finite.
+
+        Those of fp16 always count as finite: the scaler leaves a step out where they are not, and
+        goes on with a smaller scale. The answer is a boolean () on the device.
+        """
         self.scaler.unscale_(self.optimizer)
+        gradients = [own.grad for own in self.network.parameters() if own.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         if self.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_grad_norm)
+            parameters = self.network.parameters()
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
+        return norm.isfinite() | self.scaler.is_enabled()
+
+    def step(self) -> None:
+        """From gradients to new weights and their new average."""
         self.scaler.step(self.optimizer)  # not where fp16 has overflowed
         self.scaler.update()
         self.optimizer.zero_grad()

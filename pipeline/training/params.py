@@ -21,10 +21,17 @@ class ScheduleParams(Section):
     """The learning rate over the iterations: see `optimization.learning_rate`."""
 
     policy: Literal["poly", "cosine"]
-    power: Above0
+    power: AtLeast0
     min_lr: AtLeast0
     warmup_iters: int = Field(ge=0)
     warmup_ratio: Probability
+
+
+class EarlyStopParams(Section):
+    """See `loop.stopped_early`."""
+
+    patience: Positive
+    min_gain: AtLeast0 = 0.0
 
 
 class CheckpointParams(Section):
@@ -39,6 +46,7 @@ class TrainParams(Section):
     gpus: Positive
     device: Literal["auto", "cuda", "cpu"]
     workers: int = Field(ge=0)
+    timeout: Positive
     batch_size: Positive
     accumulation: Positive
     iterations: int = Field(ge=0)
@@ -53,6 +61,7 @@ class TrainParams(Section):
     head_lr_mult: Above0
     layer_decay: Annotated[float, Field(gt=0, le=1)]
     clip_grad_norm: Above0 | None
+    leave_out_nonfinite: int = Field(ge=0)
     ema_decay: Share | None
     schedule: ScheduleParams
     rare_class_temperature: Above0 | None
@@ -60,6 +69,7 @@ class TrainParams(Section):
     seed: int = Field(ge=0, lt=2**32)
     deterministic: bool
     validation: bool = Field(alias="validate")
+    early_stop: EarlyStopParams | None
     work_dir: str = Field(min_length=1)
     resume_from: str | None
     load_from: str | None
@@ -113,6 +123,14 @@ class TrainParams(Section):
                 f"divisible by gpus x accumulation = {self.gpus} x {self.accumulation}; "
                 f"use {near}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_stop_early(self) -> Self:
+        if self.early_stop and not self.validation:
+            raise InputError("early_stop goes by validations; it needs validate: true")
+        if self.early_stop and self.extend:
+            raise InputError("a training with early_stop can't be extended: set one of them to 0")
         return self
 
     @model_validator(mode="after")

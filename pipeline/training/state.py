@@ -45,23 +45,25 @@ FINISHED = "finished"  # the file that marks the state of the last finished trai
 # These change where, how fast and how safely a training runs, not its result; nor does
 # model.backbone.with_cp.
 # The md5 of the files that a training starts from stands for their names.
-NEUTRAL = {"gpus", "device", "workers", "work_dir", "load_from", "resume_from", "checkpoint"}
+NEUTRAL = {"gpus", "device", "workers", "timeout", "work_dir"}
+NEUTRAL |= {"load_from", "resume_from", "checkpoint"}
 # Of `evaluation`, what the result of the validation during training follows from. It obeys
 # batch_size, too, which changes its speed and memory alone.
 VALIDATION = {"interval", "mode", "crop", "stride"}
 
 
 class Means(TypedDict):
-    """The sums of the loss's terms over the iterations since `since`, that of the last point."""
+    """The sums of the loss's terms over the `steps` since the last point of the curves."""
 
-    since: int
+    steps: int
     sums: dict[str, float]
 
 
 class Saved(TypedDict):
     """The content of state.pt: a checkpoint, and the curves up to it.
 
-    `history` is the truth about the curves. `hashes` are those of the weights, by iteration.
+    `history` is the truth about the curves. `hashes` are those of the weights, by iteration. The
+    rest is as in the loop's Progress.
     """
 
     format: int
@@ -69,6 +71,8 @@ class Saved(TypedDict):
     history: list[HistoryEntry]
     means: Means
     hashes: dict[str, str]
+    left_out: int
+    unmeasured: bool
 
 
 class Identity(TypedDict):

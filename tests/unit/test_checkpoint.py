@@ -248,7 +248,7 @@ def made(iteration: int, best: int | None) -> dict:
 
 
 def saved(checkpoint: Checkpoint, history: list[HistoryEntry] | None = None) -> Saved:
-    means = Means(since=1, sums={"a": 0.5})
+    means = Means(steps=1, sums={"a": 0.5})
     return Saved(format=FORMAT, checkpoint=checkpoint, history=history or [], means=means)
 
 
@@ -262,7 +262,7 @@ def test_a_state_comes_back_as_it_was_saved(states: Path):
     content = State("f").load()
     checkpoint, curves = content["checkpoint"], content["history"]
     assert (checkpoint["iteration"], checkpoint["best"], curves) == (4, None, history)
-    assert content["means"] == {"since": 1, "sums": {"a": 0.5}}
+    assert content["means"] == {"steps": 1, "sums": {"a": 0.5}}
     assert torch.equal(checkpoint["model"]["0.weight"], made(4, None)["model"]["0.weight"])
     assert state.folder == states / "f"
 

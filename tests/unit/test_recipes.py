@@ -426,7 +426,7 @@ def test_every_recipe_trains_two_iterations(name: str, tmp_path: Path):
         shown = torch.randperm(classes)[:8].to(torch.uint8)  # as in a photograph, not all at once
         targets = shown[torch.randint(len(shown), (2, 64, 64))]
         batch = (images, targets, torch.arange(2) + 2 * iteration)
-        terms = train_step(learner, batch, params.train.accumulation)
+        terms, _ = train_step(learner, batch, params.train.accumulation)
         assert terms
         assert all(torch.isfinite(term) for term in terms.values())
     for old, (key, new) in zip(before, learner.model.named_parameters(), strict=True):

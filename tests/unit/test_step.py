@@ -76,7 +76,8 @@ def test_a_step_of_a_pspnet_is_what_one_writes_by_hand():
     learner = learner_of(params(PSPNET | RANDOM | sgd | fp64), 3)
     network = copy.deepcopy(learner.network)
     before = network.decode_head.conv_seg.weight.detach().clone()
-    terms = train_step(learner, batch(), accumulation=2)
+    terms, finite = train_step(learner, batch(), accumulation=2)
+    assert finite
     assert [*terms] == ["cross_entropy", "auxiliary_cross_entropy"]
     expected = by_hand(network, learner, lr=0.1, weight_decay=0.01)
     assert [term.item() for term in terms.values()] == pytest.approx(expected, rel=1e-12)

@@ -20,11 +20,22 @@ STAGES |= read_yaml(REPOSITORY / "export/dvc.yaml")["stages"]  # with wdir: .., 
 COMMANDS = {"compare", "labels", "predict", "recipe", "runs"}
 # They change no result: they import, tell of it, time it, refuse parameters before it, or end it.
 REPORTING = {"pipeline", "pipeline.tracking", "pipeline.training.speed", "pipeline.experiment"}
-REPORTING |= {"pipeline.errors", "pipeline.provenance", "pipeline.registry", "stages"}
+REPORTING |= {"pipeline.errors", "pipeline.interruption", "pipeline.monitor"}
+REPORTING |= {"pipeline.provenance", "pipeline.registry", "stages"}
 SERVED = "pipeline.serving"  # a file that MLflow takes along: nothing of ours imports it, nor it us
-LOWER = ("params", "errors", "yaml12", "disk", "precision", "distributed", "evaluation.metrics")
+LOWER = (
+    "params",
+    "errors",
+    "interruption",
+    "monitor",
+    "yaml12",
+    "disk",
+    "precision",
+    "distributed",
+    "evaluation.metrics",
+)
 # Their values change no result; the first is where DVC finds the outputs.
-NEUTRAL = {"train.work_dir", "train.workers", "train.checkpoint.interval"}
+NEUTRAL = {"train.work_dir", "train.workers", "train.timeout", "train.checkpoint.interval"}
 
 
 def imports(path: Path) -> set[str]:

@@ -48,7 +48,7 @@ def step(given: Params, learner: Learner, iteration: int) -> float:
     targets[0, :9] = 255
     keys = torch.arange(4) + 4 * iteration
     learner.set_learning_rate(given.train, iteration)
-    terms = train_step(learner, (images, targets, keys), given.train.accumulation)
+    terms, _ = train_step(learner, (images, targets, keys), given.train.accumulation)
     return sum(term.item() for term in terms.values())
 
 

@@ -43,7 +43,7 @@ def train(with_cp: int, iterations: int, side: int) -> dict[str, Any]:
     losses, before = [], peak_memory()
     for iteration in range(iterations):
         batch = (images, targets, torch.arange(2) + 2 * iteration)
-        losses.append(sum(term.item() for term in train_step(learner, batch, 1).values()))
+        losses.append(sum(term.item() for term in train_step(learner, batch, 1).terms.values()))
     statistics = {
         name: zlib.crc32(value.numpy().tobytes())
         for name, value in learner.network.named_buffers()
