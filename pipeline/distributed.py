@@ -7,6 +7,7 @@ import ctypes
 import logging
 import os
 import platform
+import re
 import signal
 import sys
 import warnings
@@ -154,7 +155,9 @@ def hand_over(module: str, processes: int, arguments: Sequence[str] = ()) -> boo
             for one, it in error.failures.items()
             if it.exitcode < 0
         ]
-        sys.exit("; ".join(killed) or error.get_first_failure()[1].exitcode)
+        if killed:
+            sys.exit(f"{'; '.join(killed)}; the same command does what is left")
+        sys.exit(error.get_first_failure()[1].exitcode)
     return True
 
 
@@ -210,7 +213,8 @@ def process_group(device: str, patience: float = PATIENCE) -> Iterator[torch.dev
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        sys.exit(f"rank {rank()} waits in vain for another: {' '.join(str(error).split())[:200]}")
+        text = re.sub(r"\A\[\S+\] ", "", " ".join(str(error).split()))[:200]
+        sys.exit(f"rank {rank()} has lost another process: {text}")
     finally:
         dist.destroy_process_group()
 

@@ -59,6 +59,12 @@ def raise_by_signals() -> None:
         signal.signal(number, _raise)
 
 
+def die_by_signals() -> None:
+    """From now on a signal ends the process without a word, as all has been said."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     print(_said(number), file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)

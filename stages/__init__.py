@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 
 from pipeline.errors import INTERRUPTED, InputError, Interrupted
-from pipeline.interruption import end_by_signals, raise_by_signals
+from pipeline.interruption import die_by_signals, end_by_signals, raise_by_signals
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # of a broken file we say it, with its name
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -52,4 +52,5 @@ def run_main(main: Callable[[], None]) -> None:
         print(ended, end="\n" if str(ended) else "", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
     finally:
+        die_by_signals()
         gc.freeze()

@@ -1,0 +1,135 @@
+"""Row 5: SIGTERM, Ctrl-C or a scheduler's warning: the step is finished, the state is written."""
+
+import os
+import random
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipeline.disk import file_md5
+from tests.faults.stage import ENDED, end_of, said, started, state_of, wait_for
+from tests.pipeline.test_killed import FILES, curves
+from tests.project import make_project, query, stage
+
+pytestmark = pytest.mark.slow
+
+ITERATIONS = 60
+CHANGES = {
+    "train.iterations": ITERATIONS,
+    "train.checkpoint.interval": 1000,  # so that nothing else saves the state
+    "evaluation.interval": 20,
+}
+
+
+def a_project(folder: Path, **changes: object) -> Path:
+    project = make_project(folder, {"train": 10, "val": 3, "test": 3}, **CHANGES | changes)
+    stage(project, "prepare")
+    return project
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> Path:
+    project = a_project(folder / "whole")
+    stage(project, "train")
+    return project
+
+
+def signalled(project: Path, number: int, after: int, **extra: str) -> tuple[int, str]:
+    """Train until an iteration, then signal the stage; its exit code and what it has said."""
+    with started(project, **extra) as process:
+        wait_for(project, process, rf"iteration {after} ")
+        process.send_signal(number)
+        return end_of(process, 30), said(project)
+
+
+def test_the_state_is_that_of_the_very_step_and_the_result_the_same(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    project = a_project(tmp_path)
+    rng = random.Random(0)
+    for number, after in zip(("SIGTERM", "SIGINT", "SIGUSR1"), (3, 23, 43), strict=True):
+        code, text = signalled(project, signal.Signals[number], after + rng.randint(0, 9))
+        assert code == 75
+        name, iteration = ENDED.search(text).groups()
+        assert name == number
+        assert text.rstrip().splitlines()[-1].startswith("ended by")
+        assert "Traceback" not in text
+        assert state_of(project)["checkpoint"]["iteration"] == int(iteration)
+        assert query(project, "SELECT status FROM runs") == [("KILLED",)]
+    log = stage(project, "train")
+    assert f"continuing at iteration {iteration}" in log
+    for name in FILES:
+        assert file_md5(project / "outputs" / name) == file_md5(uninterrupted / "outputs" / name)
+    assert query(project, "SELECT status FROM runs") == [("FINISHED",)]
+    assert curves(project) == curves(uninterrupted)
+
+
+def test_two_ranks_end_after_the_same_step_whichever_is_told(tmp_path: Path) -> None:
+    whole = a_project(tmp_path / "whole", **{"train.gpus": 2})
+    stage(whole, "train")
+    project = a_project(tmp_path / "ended", **{"train.gpus": 2})
+    assert signalled(project, signal.SIGINT, 4)[0] == 75  # torchrun hands it on
+    with started(project) as process:
+        wait_for(project, process, "iteration 24 ")
+        ranks = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+        os.kill(int(ranks[-1]), signal.SIGTERM)
+        assert end_of(process, 60) == 75
+    assert "ended by a signal to another process after iteration" in said(project)
+    stage(project, "train")
+    for name in FILES:
+        assert file_md5(project / "outputs" / name) == file_md5(whole / "outputs" / name), name
+
+
+def test_a_validation_that_is_cut_off_is_caught_up_with(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    project = a_project(tmp_path)
+    signals = "tests.faults.worker interrupted_validation"
+    with started(project, signals) as process:
+        assert end_of(process) == 75
+    assert ENDED.search(said(project)).group(2) == "20"
+    assert state_of(project)["unmeasured"]
+    stage(project, "train")
+    for name in FILES:
+        assert file_md5(project / "outputs" / name) == file_md5(uninterrupted / "outputs" / name)
+    assert curves(project) == curves(uninterrupted)
+
+
+def test_a_second_ctrl_c_ends_a_step_that_hangs(tmp_path: Path) -> None:
+    project = a_project(tmp_path)
+    with started(project, "tests.faults.worker hang") as process:
+        wait_for(project, process, "hangs")
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGINT)
+        assert end_of(process, 10) == 130
+
+
+def test_a_step_that_hangs_ends_after_a_while(tmp_path: Path) -> None:
+    project = a_project(tmp_path)
+    with started(project, "tests.faults.worker hang", FAULT_PATIENCE="1") as process:
+        wait_for(project, process, "hangs")
+        process.send_signal(signal.SIGTERM)
+        assert end_of(process, 60) == 75
+    assert "goes on from the last checkpoint" in said(project).splitlines()[-1]
+    assert query(project, "SELECT status FROM runs") == [("KILLED",)]
+
+
+@pytest.mark.parametrize("name", ["prepare", "evaluate"])
+def test_other_stages_end_at_once_in_a_line(name: str, uninterrupted: Path, tmp_path: Path) -> None:
+    number = signal.SIGTERM if name == "prepare" else signal.SIGINT
+    for after in (0.3, 2.5, 4.5):
+        with started(uninterrupted, f"stages.{name}") as process:
+            try:
+                process.wait(after)
+            except subprocess.TimeoutExpired:
+                process.send_signal(number)
+            code, text = end_of(process, 30), said(uninterrupted)
+            if code == 0:
+                break
+            assert code == 75, text
+            assert text.splitlines()[-1].startswith(f"ended by {signal.Signals(number).name}; ")
+            assert "Traceback" not in text

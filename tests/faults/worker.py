@@ -1,0 +1,79 @@
+"""The train stage with a fault in it, of which `python -m tests.faults.worker FAULT` names one."""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from pipeline import interruption
+from pipeline.training import loop
+from pipeline.training.loop import Step
+from stages import run_main, train
+
+STEP = loop.train_step
+AT = int(os.environ.get("FAULT_AT", "3"))  # the step with the fault, counted from 1 in this process
+RANK = os.environ.get("FAULT_RANK", "0")
+steps = 0
+
+
+def faulty(fault):
+    """`train_step` with a fault in one step of one rank."""
+
+    def step(learner, batch, *options) -> Step:
+        global steps
+        steps += 1
+        if steps == AT and os.environ.get("RANK", "0") == RANK:
+            batch = fault(learner, batch) or batch
+        return STEP(learner, batch, *options)
+
+    return step
+
+
+def hang(learner, batch) -> None:
+    """As a kernel that never ends."""
+    print("hangs", flush=True)
+    time.sleep(600)
+
+
+def poison(learner, batch) -> None:
+    """A weight of the first layer overflows for this one step."""
+    weight = next(learner.network.parameters())
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0, 0, 0] = float("inf")
+
+    def mend(*_: object) -> None:
+        handle.remove()
+        with torch.no_grad():
+            weight.copy_(before)
+
+    handle = learner.network.register_full_backward_hook(mend)
+
+
+def fill_the_device(learner, batch) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+
+def interrupted(validate):
+    """`validate`, which a signal comes into."""
+
+    def validation(predictor, split, labels, asked):
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not asked():
+            time.sleep(0.01)
+        return validate(predictor, split, labels, asked)
+
+    return validation
+
+
+if __name__ == "__main__":
+    fault = sys.argv[1]
+    interruption.PATIENCE = float(os.environ.get("FAULT_PATIENCE", "20"))
+    if fault == "interrupted_validation":
+        loop.validate = interrupted(loop.validate)
+    else:
+        faults = {"hang": hang, "poison": poison, "oom": fill_the_device}
+        loop.train_step = faulty(faults[fault])
+    run_main(lambda: train.main([]))
