@@ -7,6 +7,7 @@ from tqdm import tqdm
 from pipeline.data.audit import prepare
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import PREPARED, Store
+from pipeline.disk import writing
 from stages import run_main
 
 
@@ -22,7 +23,8 @@ def main() -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        prepare(params.data, PREPARED, show)
+        with writing(PREPARED):
+            prepare(params.data, PREPARED, show)
     store = Store(PREPARED)
     splits = {name: store.split(name) for name in SPLITS}
     print("images:", ", ".join(f"{name} {len(split)}" for name, split in splits.items()))

@@ -4,9 +4,12 @@ Known are torch.save's files (.pt, .pth) and safetensors; checkpoints of this to
 MMSegmentation and of EoMT, and bare state_dicts, such as timm's and OpenMMLab's of an encoder.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,6 +25,9 @@ from pipeline.models.mmseg import from_mmseg
 
 OWN = {"model", "params"}  # by these a file is one of ours
 DESCRIPTION = "instep"  # the metadata of our safetensors: several keys would change their order
+CHECKSUM = "md5"  # of such a file's description, the name of its `model_md5`
+ZIP = b"PK\x03\x04"  # how a file of torch.save begins
+ALTERED = "it was altered after it was written: its checksum is another; copy or make it anew"
 BACKBONE = "backbone."
 
 
@@ -86,6 +92,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     with _opened(path) as file:
         described = _described(file)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    written = described.pop(CHECKSUM, None)
+    if written is not None and written != model_md5(described, tensors):
+        raise InputError(f"{path}: broken: {ALTERED}")
     return {**described, "model": tensors} if described else tensors
 
 
@@ -102,7 +111,34 @@ def _described(file: Any) -> dict[str, Any]:
     return dict(json.loads((file.metadata() or {}).get(DESCRIPTION, "{}")))
 
 
+def require_whole(path: Path) -> None:
+    """Check that a file of torch.save is there, and as it was written.
+
+    torch writes a CRC-32 of every part into the zip archive that such a file is, but does not look
+    at it. The archives of torch before 1.6 have none.
+
+    Raises:
+        InputError: it is missing, empty, cut off, or a byte of it is another one.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with path.open("rb") as file:
+        begin = file.read(4)
+    if not begin:
+        raise InputError(f"{path}: broken: the file is empty")
+    if begin != ZIP:
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            altered = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path}: broken: not a checkpoint, or cut off ({error})") from None
+    if altered is not None:
+        raise InputError(f"{path}: broken: {ALTERED}")
+
+
 def _read_pickle(path: Path) -> Any:
+    require_whole(path)
     allowed: list[Any] = [(stand_in, name) for name, stand_in in STAND_INS.items()]
     try:
         with torch.serialization.safe_globals(allowed):
@@ -119,6 +155,22 @@ def _read_pickle(path: Path) -> Any:
         raise InputError(
             f"{path}: not a checkpoint that can be loaded safely: {reason or error}"
         ) from error
+
+
+def tensors_md5(tensors: Mapping[str, Tensor]) -> str:
+    """md5 over names, types, shapes and bytes, in their order."""
+    digest = hashlib.md5()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {own.dtype} {tuple(own.shape)}".encode())
+        digest.update(own.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def model_md5(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """The checksum of a file of safetensors of ours: of its description and of its tensors."""
+    parts = [described, tensors_md5(dict(sorted(tensors.items())))]
+    return hashlib.md5(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def is_own(content: dict[str, Any]) -> bool:
