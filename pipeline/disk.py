@@ -24,12 +24,8 @@ ROOM = "make room"
 UNWRITABLE = {
     errno.ENOSPC: ("the disk is full", ROOM),
     errno.EDQUOT: ("the quota is used up", ROOM),
-    errno.EFBIG: (
-        "files may not be so large here (`ulimit -f`, or the file system)",
-        "change that",
-    ),
+    errno.EFBIG: ("a file may not be so large here (`ulimit -f`)", "raise that limit"),
     errno.EROFS: ("the file system is read-only", "mount it for writing"),
-    errno.EACCES: ("permission is denied", "change that"),
 }
 
 

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from pipeline.disk import check_format
 from pipeline.errors import InputError
@@ -41,7 +41,7 @@ class Identity(TypedDict):
     machine: dict[str, Any]
 
 
-KINDS = {
+KINDS: dict[str, type | tuple[type, ...]] = {
     "run_id": (str, NoneType),
     "fingerprint": str,
     "code": str,
@@ -61,9 +61,7 @@ def read_identity(path: Path) -> Identity:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(
-            f"{path} is missing, which a training writes at its end; {remedy}"
-        ) from None
+        raise InputError(f"{path} is missing, which a training ends with; {remedy}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is broken ({error}); {remedy}") from None
     if not isinstance(content, dict):
@@ -74,7 +72,7 @@ def read_identity(path: Path) -> Identity:
         wrong = ["fingerprint"]
     if wrong:
         raise InputError(f"{path} is broken: no proper {', '.join(wrong)}; {remedy}")
-    return Identity(**content)
+    return cast("Identity", content)
 
 
 def git_tags() -> dict[str, str]:

@@ -37,7 +37,7 @@ def keep_freed_memory() -> None:
 def run_main(main: Callable[[], None]) -> None:
     """Run a stage or command to its end; an InputError is said alone, with exit code 1.
 
-    So is what can't be written for a reason that is the user's to mend, such as a full disk.
+    So is what the machine does not let us do, such as to write on a full disk.
 
     Its objects are then kept from the garbage collector, which would look for cycles in all that
     torch and MLflow have made, a second long, in a process that ends.
@@ -47,9 +47,11 @@ def run_main(main: Callable[[], None]) -> None:
     except InputError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        if error.errno not in UNWRITABLE or isinstance(error, PermissionError):
-            raise
-        path = error.filename2 or error.filename or "a file here"
-        sys.exit(f"error: {unwritable(error, Path(os.fsdecode(path)))}")
+        path = error.filename2 or error.filename
+        if error.errno in UNWRITABLE:
+            sys.exit(f"error: {unwritable(error, Path(path or 'a file here'))}")
+        if isinstance(error, PermissionError) and path:
+            sys.exit(f"error: {path}: permission is denied")
+        raise
     finally:
         gc.freeze()

@@ -1,5 +1,6 @@
 """Stage 1: the user's images -> an audited, packed data set in data/prepared."""
 
+import shutil
 import sys
 
 from tqdm import tqdm
@@ -24,7 +25,11 @@ def main() -> None:
             bar.update(done - bar.n)
 
         with writing(PREPARED):
-            prepare(params.data, PREPARED, show)
+            try:
+                prepare(params.data, PREPARED, show)
+            except OSError:
+                shutil.rmtree(PREPARED, ignore_errors=True)  # a part of it is of no use
+                raise
     store = Store(PREPARED)
     splits = {name: store.split(name) for name in SPLITS}
     print("images:", ", ".join(f"{name} {len(split)}" for name, split in splits.items()))

@@ -27,7 +27,9 @@ OWN = {"model", "params"}  # by these a file is one of ours
 DESCRIPTION = "instep"  # the metadata of our safetensors: several keys would change their order
 CHECKSUM = "md5"  # of such a file's description, the name of its `model_md5`
 ZIP = b"PK\x03\x04"  # how a file of torch.save begins
-ALTERED = "it was altered after it was written: its checksum is another; copy or make it anew"
+FOLDER = 0x10  # of a part's attributes: torch would read nothing, and leave its memory as it is
+UNSAFE = "not a checkpoint that can be loaded safely"
+ALTERED = "since it was written it has been altered, and has another checksum; copy or make it anew"
 BACKBONE = "backbone."
 
 
@@ -94,7 +96,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     written = described.pop(CHECKSUM, None)
     if written is not None and written != model_md5(described, tensors):
-        raise InputError(f"{path}: broken: {ALTERED}")
+        raise InputError(f"{path}: not a model that can be read: {ALTERED}")
     return {**described, "model": tensors} if described else tensors
 
 
@@ -125,16 +127,18 @@ def require_whole(path: Path) -> None:
     with path.open("rb") as file:
         begin = file.read(4)
     if not begin:
-        raise InputError(f"{path}: broken: the file is empty")
+        raise InputError(f"{path}: {UNSAFE}: it is empty")
     if begin != ZIP:
         return
     try:
         with zipfile.ZipFile(path) as archive:
-            altered = archive.testzip()
+            altered = archive.testzip() or any(
+                part.external_attr & FOLDER for part in archive.infolist()
+            )
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{path}: broken: not a checkpoint, or cut off ({error})") from None
-    if altered is not None:
-        raise InputError(f"{path}: broken: {ALTERED}")
+        raise InputError(f"{path}: {UNSAFE}: it is cut off or broken ({error})") from None
+    if altered:
+        raise InputError(f"{path}: {UNSAFE}: {ALTERED}")
 
 
 def _read_pickle(path: Path) -> Any:
@@ -146,15 +150,13 @@ def _read_pickle(path: Path) -> Any:
     except Exception as error:  # torch raises a different kind for each way of being broken
         if found := re.search(r"\bGLOBAL (\S+)", str(error)):
             raise InputError(
-                f"{path}: not a checkpoint that can be loaded safely: it names {found[1]}, which "
+                f"{path}: {UNSAFE}: it names {found[1]}, which "
                 "is neither a tensor nor plain data and could run code; if you trust the file, "
                 "save its state_dict alone, where it was made"
             ) from None
         # torch's own message recommends to load the file unsafely; its cause does not.
         reason = error.__context__ if isinstance(error, UnpicklingError) else error
-        raise InputError(
-            f"{path}: not a checkpoint that can be loaded safely: {reason or error}"
-        ) from error
+        raise InputError(f"{path}: {UNSAFE}: {reason or error}") from error
 
 
 def tensors_md5(tensors: Mapping[str, Tensor]) -> str:
