@@ -80,6 +80,7 @@ def test_a_checkpoint_without_room_says_how_much_it_needs_and_leaves_the_old_one
         state.save(saved(2, 0.25))
         before = {path.name: file_md5(path) for path in state.folder.glob("*.pt")}
         assert sorted(before) == ["state-before.pt", "state.pt"]
+        monkeypatch.delattr(disk, "_fill")  # which writes
         with Writer() as writer:
             writer.start(lambda: state.save(saved(3, 0.75)))
             with pytest.raises(InputError) as caught:
@@ -235,18 +236,25 @@ def failed(project: Path, stage: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_training_on_a_full_disk_goes_on_when_there_is_room(mount: Mount, tmp_path: Path):
-    """Row 3: with states, then outputs, then data and scores that find no room."""
+def test_a_data_set_without_room_for_its_shards_is_said_in_a_line(mount: Mount, tmp_path: Path):
+    """Row 3."""
     project = tmp_path / "project"
-    project.mkdir()
     data = mount(project / "data", "size=40m")
-    changes = {"train.checkpoint.interval": 2, "train.validate": False}
-    make_project(project, COUNTS, **changes)
+    make_project(project, COUNTS)
     mount(data, f"size={shutil.disk_usage(data).used + 40_000}")
     line = failed(project, "prepare")
     assert line.startswith("error: data/prepared can't be written: the disk is full; ")
     assert not (project / "data/prepared").exists()  # no half of it keeps the disk full
     mount(data, "size=40m")
+    run([sys.executable, "-m", "stages.prepare"], project)
+
+
+@pytest.mark.slow
+def test_a_training_on_a_full_disk_goes_on_when_there_is_room(mount: Mount, tmp_path: Path):
+    """Row 3: with states, then outputs, then scores that find no room."""
+    project = tmp_path / "project"
+    changes = {"train.checkpoint.interval": 2, "train.validate": False}
+    make_project(project, COUNTS, **changes)
     run([sys.executable, "-m", "stages.prepare"], project)
 
     states = mount(project / ".dvc/tmp", f"size={int(2.5 * STATE_MB)}m")
@@ -272,15 +280,12 @@ def test_a_training_on_a_full_disk_goes_on_when_there_is_room(mount: Mount, tmp_
     with (outputs / "ballast").open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, free - 4096)
     line = failed(project, "evaluate")
-    assert re.match(r"error: outputs/evaluation/\S+ can't be written: the disk is full", line)
-    (outputs / "ballast").unlink()
-    run([sys.executable, "-m", "stages.evaluate"], project)
+    assert re.match(r"error: outputs/evaluation/.+ can't be written: the disk is full", line)
 
 
 @pytest.mark.slow
 def test_a_file_system_that_is_read_only_is_named(mount: Mount, tmp_path: Path):
     project = tmp_path / "project"
-    project.mkdir()
     mount(project / "data", "size=4m")
     make_project(project, COUNTS)
     for _ in range(2):
