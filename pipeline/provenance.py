@@ -1,4 +1,4 @@
-"""Where a run comes from, in words and as commands: git, DVC, and the parameters that were changed.
+"""Where a run comes from: run.json, git, DVC, and the parameters that were changed.
 
 None of it is part of a result: it tells where one can be had again.
 """
