@@ -96,6 +96,7 @@ def test_a_kill_while_a_state_is_written_leaves_the_last_one_or_this_one(state: 
         writer = context.Process(target=write_for_ever, args=(state, reached + 1, done))
         writer.start()
         while done.value == reached:
+            assert writer.is_alive()
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02))
         os.kill(writer.pid, signal.SIGKILL)
