@@ -16,7 +16,7 @@ import torch
 
 from pipeline.disk import FORMAT, file_md5
 from pipeline.errors import InputError
-from pipeline.models.weights import read_file
+from pipeline.models.weights import read_file, require_whole
 from pipeline.prediction.model import load_model
 from pipeline.provenance import read_identity
 from pipeline.training import state as state_module
@@ -104,6 +104,8 @@ def test_a_kill_while_a_state_is_written_leaves_the_last_one_or_this_one(state: 
         stray += any(name.endswith(".tmp") for name in files(state))
         with state.locked():
             assert not [name for name in files(state) if name.endswith(".tmp")]
+        for path in state.folder.glob("*.pt"):
+            require_whole(path)
         found = State("f").load()
         reached = found["checkpoint"]["iteration"]
         assert reached in (done.value, done.value + 1)
