@@ -92,7 +92,7 @@ class _Raw(FileIO):
 def _fill(temporary: Path, write: Callable[[Any], object]) -> None:
     raw = _Raw(temporary, "w")
     try:
-        with BufferedWriter(raw, 2**20) as file:
+        with BufferedWriter(raw) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

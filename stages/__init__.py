@@ -49,7 +49,7 @@ def run_main(main: Callable[[], None]) -> None:
     except OSError as error:
         path = error.filename2 or error.filename
         if error.errno in UNWRITABLE:
-            sys.exit(f"error: {unwritable(error, Path(path or 'a file here'))}")
+            sys.exit(f"error: {unwritable(error, Path(str(path or 'a file here')))}")
         if isinstance(error, PermissionError) and path:
             sys.exit(f"error: {path}: permission is denied")
         raise
