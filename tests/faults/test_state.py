@@ -245,6 +245,16 @@ def test_a_checkpoint_with_any_byte_flipped_is_refused_or_read_as_it_was(tmp_pat
         load_checkpoint(path)
 
 
+def test_a_part_that_says_it_is_packed_is_refused(tmp_path: Path):
+    path = tmp_path / "a.pt"
+    save({"a": torch.arange(6.0)}, path)
+    whole = path.read_bytes()
+    method = whole.rindex(b"archive/data/0") - 36
+    path.write_bytes(whole[:method] + b"\x0e" + whole[method + 1 :])  # by LZMA
+    with pytest.raises(InputError, match=r"a\.pt: .*cut off or broken"):
+        read_file(path)
+
+
 def test_a_model_with_any_byte_flipped_is_refused(tmp_path: Path):
     path = tmp_path / "model.safetensors"
     described = {"classes": ["a", "b"], "palette": [[0, 0, 0], [9, 9, 9]], "ignore_index": 255}
