@@ -11,7 +11,9 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+from pipeline.disk import UNWRITABLE, unwritable
 from pipeline.errors import INTERRUPTED, InputError, Interrupted
 from pipeline.interruption import die_by_signals, end_by_signals, raise_by_signals
 
@@ -39,7 +41,9 @@ def keep_freed_memory() -> None:
 def run_main(main: Callable[[], None]) -> None:
     """Run a stage or command to its end; an InputError is said alone, with exit code 1.
 
-    After SIGTERM, Ctrl-C or SIGUSR1 one line says how to go on, and the exit code is INTERRUPTED.
+    So is what the machine does not let us do, such as to write on a full disk. After SIGTERM, Ctrl-C
+    or SIGUSR1 one line says how to go on, and the exit code is INTERRUPTED.
+
     The objects of a stage that ends are kept from the garbage collector, which would look for
     cycles in all that torch and MLflow have made, a second long.
     """
@@ -51,6 +55,13 @@ def run_main(main: Callable[[], None]) -> None:
     except Interrupted as ended:
         print(ended, end="\n" if str(ended) else "", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
+    except OSError as error:
+        path = error.filename2 or error.filename
+        if error.errno in UNWRITABLE:
+            sys.exit(f"error: {unwritable(error, Path(str(path or 'a file here')))}")
+        if isinstance(error, PermissionError) and path:
+            sys.exit(f"error: {path}: permission is denied")
+        raise
     finally:
         die_by_signals()
         gc.freeze()
