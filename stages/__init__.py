@@ -41,8 +41,8 @@ def keep_freed_memory() -> None:
 def run_main(main: Callable[[], None]) -> None:
     """Run a stage or command to its end; an InputError is said alone, with exit code 1.
 
-    So is what the machine does not let us do, such as to write on a full disk. After SIGTERM, Ctrl-C
-    or SIGUSR1 one line says how to go on, and the exit code is INTERRUPTED.
+    So is what the machine does not let us do, such as to write on a full disk. After SIGTERM,
+    Ctrl-C or SIGUSR1 one line says how to go on, and the exit code is INTERRUPTED.
 
     The objects of a stage that ends are kept from the garbage collector, which would look for
     cycles in all that torch and MLflow have made, a second long.
