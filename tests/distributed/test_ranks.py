@@ -24,12 +24,12 @@ from tests.project import (
 
 CHANGES = {
     "train.precision": "fp64",
-    "train.iterations": 20,
+    "train.iterations": 10,
     "train.batch_size": 8,
     "train.accumulation": 2,
     "train.validate": False,
     "model.head.dropout": 0.5,
-    "tracking.log_interval": 20,
+    "tracking.log_interval": 10,
 }
 
 
