@@ -16,7 +16,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 SPACE: dict[str, BaseDistribution] = {
     "train.lr": FloatDistribution(3e-4, 3e-2, log=True),
     "train.weight_decay": FloatDistribution(1e-3, 1e-1, log=True),
-    "model.loss.cross_entropy": FloatDistribution(0.5, 2.0),
+    "train.ema_decay": CategoricalDistribution([None, 0.99]),
     "augmentation.photometric": CategoricalDistribution([False, True]),
 }
 
@@ -51,8 +51,8 @@ def queue(done: dict[str, optuna.trial.FrozenTrial], *, count: int, name: str) -
             "evaluation.split": "val",
             "tracking.experiment": name,
         }
-        values = [word for key in proposed for word in ("-S", f"{key}={proposed[key]}")]
-        dvc("exp", "run", "--queue", *values)
+        values = [f"{key}={json.dumps(value)}" for key, value in proposed.items()]
+        dvc("exp", "run", "--queue", *(word for value in values for word in ("-S", value)))
 
 
 def finished(name: str) -> dict[str, optuna.trial.FrozenTrial]:

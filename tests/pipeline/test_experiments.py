@@ -51,7 +51,8 @@ def project(folder: Path) -> Path:
 def wait_for_queue(project: Path, count: int) -> None:
     deadline = time.monotonic() + 300
     while (said := dvc(project, "queue", "status")).count("Success") < count:
-        assert "Failed" not in said, said
+        failed = [line.split()[1] for line in said.splitlines() if line.endswith("Failed")]
+        assert not failed, dvc(project, "queue", "logs", failed[0])
         assert time.monotonic() < deadline, said
         time.sleep(2)
 
