@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline import registry
 from pipeline.evaluation.inference import Predictor
 from pipeline.models.layers import _bins
 from pipeline.models.network import Network
@@ -16,6 +17,7 @@ from pipeline.precision import PRECISIONS, Normalization
 from pipeline.prediction.export import METADATA, export_onnx, feeds, open_session, run_session
 from pipeline.prediction.parity import Measured, check
 from pipeline.registry import is_better
+from pipeline.tracking import TrackingParams
 from tests.unit.sections import build
 from tests.unit.test_models import options
 
@@ -164,3 +166,17 @@ def test_the_alias_goes_to_the_better_of_two_that_saw_the_same_images():
     assert not is_better(old | {"mean_iou": "0.9", "data.md5": "b"}, old)
     assert not is_better(old | {"mean_iou": "0.9", "split": "val"}, old)
     assert not is_better({"data.md5": "a", "split": "test"}, None)
+
+
+def test_mlflow_gets_a_model_only_where_it_is_to_keep_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(registry, "connect", lambda _: pytest.fail("asked for"))
+    given = TrackingParams(uri=None, experiment="e", log_interval=1, log_model=False)
+    model, example = Path("model.onnx"), np.zeros((2, 2, 3), np.uint8)
+    registry.log_version(given, "run", model, example=example, scores={}, tags={})
+    monkeypatch.setattr(registry, "connect", lambda _: 1 / 0)
+    for wanted in ({"log_model": True}, {"registered_model": "feet"}):
+        params = given.model_copy(update=wanted)
+        registry.log_version(params, "run", model, example=example, scores={}, tags={})
+        assert "MLflow has not taken the model: division by zero" in capsys.readouterr().out
