@@ -39,7 +39,10 @@ REVS :=
 plots: $(INSTALLED)
 	dvc plots diff $(or $(REVS),workspace $$(dvc exp list --name-only))
 
+# The link opens the view "Scores" of the first experiment of a store, which is ours if no other was
+# made before; any experiment of ours has this view, under "Views".
 ui: $(INSTALLED)
+	@echo 'runs by their scores: http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=scores'
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
 # PEER is an environment with MMSegmentation; the default is made where it is missing.

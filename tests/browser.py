@@ -87,18 +87,22 @@ class Browser:
 
     def open(self, path: Path, width: int, scheme: str) -> None:
         """A page as a screen of this width, light or dark, shows it."""
+        self.visit(path.resolve().as_uri(), width, 900, scheme=scheme)
+
+    def visit(self, address: str, width: int, height: int, scheme: str = "light") -> None:
+        """An address on a screen of this size."""
         for log in ("browser", "performance"):
             self._ask("POST", "/se/log", {"type": log})  # what is read is forgotten
         self.devtools(
             "Emulation.setDeviceMetricsOverride",
             width=width,
-            height=900,
+            height=height,
             deviceScaleFactor=1,
             mobile=width < 600,
         )
         preference = {"name": "prefers-color-scheme", "value": scheme}
         self.devtools("Emulation.setEmulatedMedia", features=[preference])
-        self._ask("POST", "/url", {"url": path.resolve().as_uri()})
+        self._ask("POST", "/url", {"url": address})
 
     def run(self, script: str, *arguments: object) -> Any:
         """What a function with this body returns; a promise is waited for."""

@@ -24,12 +24,12 @@ from tests.project import (
 
 CHANGES = {
     "train.precision": "fp64",
-    "train.iterations": 20,
+    "train.iterations": 10,
     "train.batch_size": 8,
     "train.accumulation": 2,
     "train.validate": False,
     "model.head.dropout": 0.5,
-    "tracking.log_interval": 20,
+    "tracking.log_interval": 10,
 }
 
 
@@ -78,11 +78,14 @@ def tensors(checkpoint: dict) -> dict[str, torch.Tensor]:
 
 def one_process(project: Path, name: str = "pspnet") -> Path:
     """What one process makes of a network: trained once for all tests."""
-    path = project / f"{name}.pt"
-    return path if path.exists() else shutil.copy(train(project, 1, **NETWORKS[name]), path)
+    kept = project / "alone" / name
+    if not kept.exists():
+        train(project, 1, **NETWORKS[name])
+        shutil.copytree(project / "outputs", kept)
+    return kept / "checkpoints/last.pt"
 
 
-CASES = [(name, gpus) for name in ("pspnet", "pointrend", "segformer") for gpus in (2, 4)]
+CASES = [("pspnet", 2), ("pspnet", 4), ("pointrend", 4), ("segformer", 2)]
 
 
 @pytest.mark.parametrize(("network", "gpus"), [*CASES, ("lite0", 2), ("library", 2), ("eomt", 2)])
@@ -162,9 +165,12 @@ def test_a_changed_seed_changes_the_weights(project: Path) -> None:
 
 @pytest.mark.parametrize("model", ["pspnet", "pointrend", "segformer"])
 def test_ranks_share_an_evaluation_exactly(project: Path, model: str) -> None:
-    train(project, 1, **NETWORKS[model], **{"train.iterations": 1})
+    one_process(project, model)
+    set_up(project, 1, **NETWORKS[model])
+    shutil.rmtree(project / "outputs")
+    shutil.copytree(project / "alone" / model, project / "outputs")
     seen = []
-    for gpus in (1, 2, 3):
+    for gpus in (1, 3):
         shares = {"train.gpus": gpus, "train.batch_size": 6, "train.accumulation": 1}
         views = {"evaluation.scales": [1.0, 0.75], "evaluation.flip": True}
         set_params(project, shares | views | {"evaluation.batch_size": 1})
@@ -174,5 +180,5 @@ def test_ranks_share_an_evaluation_exactly(project: Path, model: str) -> None:
         files += sorted((folder / "predictions").rglob("*.png"))
         assert len(files) == 3 + 7
         seen.append((list(map(file_md5, files)), metrics(project)))
-    assert seen[0] == seen[1] == seen[2]
+    assert seen[0] == seen[1]
     assert "mean_boundary_iou" in seen[0][1]

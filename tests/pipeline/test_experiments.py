@@ -1,19 +1,74 @@
-"""DVC's other ways of running: exp run, --temp and the queue, all into one MLflow store."""
+"""DVC's ways of running experiments, into one MLflow store; and what the results say together."""
 
 import csv
 import io
 import json
+import re
+import sys
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
-from tests.project import dvc, make_project, query
+from tests.project import commit, dvc, make_project, query, run, set_params
+
+GOOD, BAD = 0.05, 1e-7  # learning rates
+# The experiments by learning rate and seed: two seeds of a training that learns, and of one that
+# doesn't.
+EXPERIMENTS = {
+    "two-processes": (GOOD, 0),
+    "queued": (GOOD, 1),
+    "waiting": (BAD, 0),
+    "temporary": (BAD, 1),
+}
+
+
+def overrides(name: str) -> list[str]:
+    lr, seed = EXPERIMENTS[name]
+    return ["-S", f"train.lr={lr}", "-S", f"train.seed={seed}"]
 
 
 @pytest.fixture(scope="module")
 def project(folder: Path) -> Path:
-    return make_project(folder, {"train": 10, "val": 3, "test": 3})
+    """Four experiments, each run in another way."""
+    changes = {"train.iterations": 30, "train.lr": GOOD, "evaluation.interval": 30}
+    make_project(folder, {"train": 12, "val": 2, "test": 12}, **changes)
+    colour_by_class(folder / "data/feet")
+    first = "two-processes"
+    dvc(folder, "exp", "run", "-n", first, *overrides(first), "-S", "train.gpus=2")
+    set_params(folder, {"train.gpus": 1})
+    commit(folder, "Trained")
+    for name in ("queued", "waiting"):
+        dvc(folder, "exp", "run", "--queue", "-n", name, *overrides(name))
+    dvc(folder, "queue", "start")
+    dvc(folder, "exp", "run", "--temp", "-n", "temporary", *overrides("temporary"))
+    wait_for_queue(folder, 2)
+    return folder
+
+
+def wait_for_queue(project: Path, count: int) -> None:
+    deadline = time.monotonic() + 300
+    while (said := dvc(project, "queue", "status")).count("Success") < count:
+        failed = [line.split()[1] for line in said.splitlines() if line.endswith("Failed")]
+        assert not failed, dvc(project, "queue", "logs", failed[0])
+        assert time.monotonic() < deadline, said
+        time.sleep(2)
+
+
+def colour_by_class(root: Path) -> None:
+    """Make the images easy: each class has a colour of its own, but for some noise."""
+    rng = np.random.default_rng(0)
+    for path in sorted((root / "targets").rglob("*.png")):
+        target = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        colours = np.array([[40, 40, 40], [200, 60, 60], [60, 60, 200]])[np.minimum(target, 2)]
+        image = np.clip(colours + rng.integers(-30, 31, colours.shape), 0, 255).astype(np.uint8)
+        assert cv2.imwrite(str(path).replace("/targets/", "/images/"), image)
+
+
+def compare(project: Path, *names: str, check: bool = True) -> str:
+    return run([sys.executable, "-m", "stages.compare", *names], project, check).stdout
 
 
 def tags(project: Path, key: str) -> list[str]:
@@ -25,45 +80,29 @@ def shown(project: Path) -> list[dict[str, str]]:
     return [row for row in table if row["Experiment"]]
 
 
-def wait_for_queue(project: Path, count: int) -> None:
-    deadline = time.monotonic() + 300
-    while (said := dvc(project, "queue", "status")).count("Success") < count:
-        assert "Failed" not in said, said
-        assert time.monotonic() < deadline, said
-        time.sleep(2)
-
-
 def test_every_way_of_running_is_one_run_in_one_store(project: Path) -> None:
-    dvc(project, "exp", "run", "-n", "two-processes", "-S", "train.gpus=2")
-    assert tags(project, "world_size") == ["2"]
+    assert sorted(tags(project, "dvc.exp_name")) == sorted(EXPERIMENTS)
+    assert sorted(tags(project, "world_size")) == ["1", "1", "1", "2"]
 
-    one = ("-S", "train.gpus=1")
-    dvc(project, "exp", "run", "--queue", "-n", "queued", "-S", "train.lr=0.005", *one)
-    dvc(project, "queue", "start")
-    dvc(project, "exp", "run", "--temp", "-n", "temporary", "-S", "train.lr=0.003", *one)
-    wait_for_queue(project, 1)
-    names = {"two-processes", "queued", "temporary"}
-    assert set(tags(project, "dvc.exp_name")) == names
-    assert len(tags(project, "world_size")) == len(names)
-
-    said = dvc(project, "exp", "run", "-n", "cached", "-S", "train.lr=0.005", *one)
+    said = dvc(project, "exp", "run", "-n", "cached", *overrides("queued"))
     assert "Running stage" not in said
-    assert len(tags(project, "world_size")) == len(names)
+    assert len(tags(project, "world_size")) == len(EXPERIMENTS)
     assert query(project, "SELECT DISTINCT status FROM runs") == [("FINISHED",)]
     stores = list(project.rglob("mlflow.db"))
     assert stores == [project / "mlflow.db"]
     for run_id, uri in query(project, "SELECT run_uuid, artifact_uri FROM runs"):
         assert uri == (project / "mlartifacts" / run_id / "artifacts").as_uri()
-        assert (
-            project / "mlartifacts" / run_id / "artifacts/checkpoints/model.safetensors"
-        ).is_file()
+        model = project / "mlartifacts" / run_id / "artifacts/checkpoints/model.safetensors"
+        assert model.is_file()
     assert json.loads((project / "outputs/run.json").read_text())["run_id"]
 
     rows = {row["Experiment"]: row for row in shown(project)}
-    assert names | {"cached"} <= rows.keys()
-    assert all(float(rows[name]["mean_iou"]) >= 0 for name in names)
-    assert rows["temporary"]["train.lr"] == "0.003"
+    assert EXPERIMENTS.keys() | {"cached"} <= rows.keys()
+    assert all(float(rows[name]["mean_iou"]) >= 0 for name in EXPERIMENTS)
+    assert float(rows["temporary"]["train.lr"]) == BAD
     assert rows["cached"]["mean_iou"] == rows["queued"]["mean_iou"]
+    run(["git", "checkout", "-q", "."], project)
+    dvc(project, "checkout")
 
 
 def test_results_can_be_compared(project: Path) -> None:
@@ -73,3 +112,71 @@ def test_results_can_be_compared(project: Path) -> None:
     text = Path(page.removeprefix("file://")).read_text()
     for title in ("Training loss", "Mean IoU on val", "IoU of each class", "pixels of each class"):
         assert title in text
+
+
+def test_seeds_are_gathered_and_the_better_training_is_named(project: Path) -> None:
+    said = compare(project, *EXPERIMENTS)
+    lines = {line[0]: line for line in said.splitlines() if re.match(r"[AB]  ", line)}
+    assert all("2 trainings" in line for line in lines.values())
+    (good,) = (letter for letter, line in lines.items() if f"train.lr: {GOOD}" in line)
+    (bad,) = (letter for letter, line in lines.items() if f"train.lr: {BAD}" in line)
+    number = r"\d\.\d{4} ± \d\.\d{4}"
+    answer = f"{good} beats {bad} by {number} mean IoU on 12 images and 2 seeds: shown"
+    assert re.search(answer, said), said
+    assert re.search(r"\nfoot .* shown\n", said), said
+
+
+def test_a_wrong_label_is_found(project: Path) -> None:
+    path = project / "data/feet/targets/test/foot 05.png"
+    before = path.read_bytes()
+    target = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    target[(target == 1) & (np.arange(target.shape[1]) > target.shape[1] // 2)] = 2
+    assert cv2.imwrite(str(path), target)
+    dvc(project, "repro", "prepare")
+    said = run([sys.executable, "-m", "stages.labels", "--shown", "3"], project).stdout
+    assert re.match(r"0\.\d{4}  test/foot 05\n", said)
+    with (project / "labels.csv").open(newline="") as file:
+        first, *others = csv.DictReader(file)
+    assert len(others) == 11
+    assert (first["image"], first["label"], first["looks like"]) == ("test/foot 05", "arch", "foot")
+    assert int(first["pixels"]) > 50
+    assert int(first["left"]) + int(first["width"]) > target.shape[1] // 2
+    page = (project / "labels.html").read_text(encoding="utf-8")
+    assert page.count("<figure>") == 3
+    assert page.index("1. test/foot 05") < page.index("2. test/foot")
+    path.write_bytes(before)
+    dvc(project, "repro", "prepare")
+
+
+def test_the_page_shows_the_images_that_differ_most(project: Path) -> None:
+    compare(project, *EXPERIMENTS, "--out", "page.html")
+    page = (project / "page.html").read_text(encoding="utf-8")
+    assert page.count("<figure>") == 6
+    sources = re.findall(r'<img src="data:image/png;base64,[^"]+" alt="([^"]+)"', page)
+    assert len(sources) == 6 * 4
+    assert re.match(r"test/foot \d\d: image", sources[0])
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)  # nothing is fetched
+
+
+def test_a_run_of_mlflow_a_revision_and_the_workspace_are_named_alike(project: Path) -> None:
+    (worst,) = query(project, "SELECT run_uuid FROM tags WHERE value = 'temporary'")
+    said = compare(project, "workspace", *worst)
+    assert f"1 training, train.lr: {BAD}" in said
+    assert "nothing is known of the noise of A and B's seeds" in said
+    assert "one training: seed 0; name one" in compare(project, "workspace", "HEAD", check=False)
+    missing = compare(project, "HEAD", "nothing-like-it", check=False)
+    assert "error: nothing-like-it is no experiment, no revision and no MLflow run" in missing
+
+
+def test_the_gate_stops_a_result_that_is_worse_and_keeps_its_scores(project: Path) -> None:
+    set_params(project, {"gate": {"baseline": "HEAD", "tolerance": 0.05}})
+    assert "Running stage 'gate'" in dvc(project, "repro")
+    set_params(project, {"train.lr": BAD})
+    said = dvc(project, "repro", check=False)
+    assert "worse than HEAD by more than 0.05, beyond what other images explain:" in said
+    assert "failed to reproduce 'gate'" in said
+    assert "modified" not in dvc(project, "status", "evaluate")
+    set_params(project, {"gate": None})
+    dvc(project, "repro")
+    said = (project / "outputs/evaluation/gate.txt").read_text(encoding="utf-8")
+    assert said == "no gate is set, so every result passes\n"

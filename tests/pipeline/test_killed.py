@@ -3,23 +3,36 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from pipeline.disk import file_md5
-from tests.project import NETWORKS, dvc, environment, make_project, query, set_params
+from tests.project import (
+    NETWORKS,
+    REPOSITORY,
+    SMALL,
+    dvc,
+    environment,
+    make_project,
+    query,
+    set_params,
+    stage,
+)
 
-ITERATIONS = 120
+ITERATIONS = 60
 KILLS = 5
 CHANGES = {
     "train.iterations": ITERATIONS,
     "train.checkpoint.interval": 4,
-    "evaluation.interval": 30,
+    "evaluation.interval": 15,
 }
 
 # What a training leaves, byte for byte.
@@ -30,10 +43,10 @@ FILES = (
 )
 
 
-def start_dvc(project: Path, *command: str, **extra: str) -> "subprocess.Popen[bytes]":
-    with (project / "repro.log").open("wb") as log:
+def start(project: Path, *command: str, **extra: str) -> "subprocess.Popen[bytes]":
+    with (project / "killed.log").open("wb") as log:
         return subprocess.Popen(
-            ["dvc", *(command or ("repro",))],
+            command,
             cwd=project,
             env=environment(**extra),
             stdin=subprocess.DEVNULL,
@@ -48,7 +61,7 @@ def wait_for(
 ) -> None:
     deadline = time.monotonic() + 300
     while reached(project, kills) < iteration:
-        assert process.poll() is None, "dvc ended too early"
+        assert process.poll() is None, "it ended too early"
         assert time.monotonic() < deadline, "nothing happened in time"
         time.sleep(0.005)
 
@@ -84,8 +97,8 @@ def test_five_kills_change_nothing(uninterrupted: Path, tmp_path: Path) -> None:
     rng = random.Random(0)
     for kill in range(KILLS):
         low = 6 + kill * (ITERATIONS - 10) // KILLS
-        target = rng.randint(low, low + 15)
-        process = start_dvc(project)
+        target = rng.randint(low, low + 5)
+        process = start(project, "dvc", "repro")
         wait_for(project, target, process, kill)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -110,7 +123,7 @@ def test_a_killed_experiment_goes_on_in_another_workspace(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
     project = make_project(tmp_path, {"train": 10, "val": 3, "test": 3}, **CHANGES)
-    process = start_dvc(project, "exp", "run", "--temp")
+    process = start(project, "dvc", "exp", "run", "--temp")
     wait_for(project, 20, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -124,33 +137,45 @@ def test_a_killed_experiment_goes_on_in_another_workspace(
         assert file_md5(project / "outputs" / name) == whole
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project for trainings that none is compared with but their own repetition."""
+    folder = tmp_path_factory.mktemp("prepared")
+    make_project(folder, {"train": 10, "val": 3, "test": 3}, **CHANGES)
+    stage(folder, "prepare")
+    yield folder
+    shutil.rmtree(folder)
+
+
+def begin(project: Path, **changes: object) -> None:
+    """The parameters of a training, and nothing left of the one before."""
+    shutil.copy(REPOSITORY / "params.yaml", project)
+    set_params(project, SMALL | CHANGES | changes)
+    shutil.rmtree(project / ".dvc/tmp/instep", ignore_errors=True)
+
+
 @pytest.mark.parametrize("network", ["pointrend", "segformer", "eomt"])
-def test_kills_change_nothing_for_other_networks(network: str, tmp_path: Path) -> None:
-    shorter = {"train.iterations": 30, "evaluation.interval": 10}
-    changes = CHANGES | NETWORKS[network] | shorter
-    whole, killed = (
-        make_project(tmp_path / name, {"train": 10, "val": 3, "test": 3}, **changes)
-        for name in ("whole", "killed")
-    )
-    dvc(whole, "repro", "train")
-    for kill, target in enumerate((7, 19)):
-        process = start_dvc(killed, "repro", "train")
-        wait_for(killed, target, process, kill)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    dvc(killed, "repro", "train")
-    log = (killed / "outputs/train.log").read_text()
-    assert len(re.findall(r"continuing at iteration \d+", log)) == 2
-    for name in FILES:
-        assert file_md5(killed / "outputs" / name) == file_md5(whole / "outputs" / name), name
+def test_a_kill_changes_nothing_for_other_networks(network: str, prepared: Path) -> None:
+    begin(prepared, **NETWORKS[network], **{"train.iterations": 20, "evaluation.interval": 10})
+    process = start(prepared, sys.executable, "-m", "stages.train")
+    wait_for(prepared, 13, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    found = []
+    for killed in (True, False):
+        stage(prepared, "train")
+        log = (prepared / "outputs/train.log").read_text()
+        assert killed == bool(re.search(r"continuing at iteration \d+", log))
+        found.append([file_md5(prepared / "outputs" / name) for name in FILES])
+        shutil.rmtree(prepared / ".dvc/tmp/instep")
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])  # DVC starts a stage by $SHELL
-def test_killing_dvc_alone_leaves_no_process(tmp_path: Path, shell: str) -> None:
-    changes = CHANGES | {"train.gpus": 2, "train.iterations": 100000}
-    project = make_project(tmp_path, {"train": 10, "val": 3, "test": 3}, **changes)
-    process = start_dvc(project, SHELL=shell)
-    wait_for(project, 4, process)
+def test_killing_dvc_alone_leaves_no_process(prepared: Path, shell: str) -> None:
+    begin(prepared, **{"train.gpus": 2, "train.iterations": 100000})
+    process = start(prepared, "dvc", "repro", SHELL=shell)
+    wait_for(prepared, 4, process)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 3  # the stage and its two workers
     process.kill()

@@ -19,7 +19,7 @@ from pipeline.disk import file_md5
 from pipeline.distributed import SyncBatchNorm, check_devices, parallelize, processes_here
 from pipeline.params import flatten
 from pipeline.yaml12 import read_yaml
-from tests.project import SMALL, dvc, environment, make_project, set_params, stage
+from tests.project import SMALL, dvc, environment, make_project, run, set_params, stage
 
 CHANGES: dict[str, object] = SMALL | {
     "train.gpus": 1,
@@ -52,28 +52,33 @@ def curve(path: Path, column: str) -> dict[int, float]:
         return {int(row["iteration"]): float(row[column]) for row in rows}
 
 
-def test_work_dir_holds_all_that_a_run_leaves(project: Path) -> None:
-    before = set(project.iterdir())
-    train(project, **{"train.work_dir": "work_dirs/psp"})
+@pytest.fixture(scope="module")
+def plain(project: Path) -> Path:
+    """What a training of all defaults but two leaves, in a `work_dir` of its own."""
+    train(project, **{"train.work_dir": "work_dirs/psp", "evaluation.interval": 3})
+    return project / "work_dirs/psp"
+
+
+def test_work_dir_holds_all_that_a_run_leaves(project: Path, plain: Path) -> None:
     stage(project, "evaluate")
-    folder = project / "work_dirs/psp"
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in plain.iterdir()}
     assert names == {"checkpoints", "evaluation", "run.json", "train.log", "train.tsv", "val.tsv"}
-    new = {path.name for path in set(project.iterdir()) - before}
+    tracked = run(["git", "ls-files"], project).stdout.splitlines()
+    new = {path.name for path in project.iterdir()} - {name.split("/")[0] for name in tracked}
     assert {name for name in new if not name.startswith("mlflow.db")} <= {
+        ".git",
         "work_dirs",
         "metrics.json",
         "mlartifacts",
     }
 
 
-def test_evaluation_happens_every_interval_and_at_the_end(project: Path) -> None:
-    train(project, **{"evaluation.interval": 3})
-    scores = curve(project / "outputs/val.tsv", "mean_iou")
+def test_evaluation_happens_every_interval_and_at_the_end(plain: Path) -> None:
+    scores = curve(plain / "val.tsv", "mean_iou")
     assert list(scores) == [3, 4]
-    best = curve(project / "outputs/val.tsv", "best_mean_iou")
+    best = curve(plain / "val.tsv", "best_mean_iou")
     assert best == {3: scores[3], 4: max(scores.values())}
-    assert (project / "outputs/checkpoints/best.pt").is_file()
+    assert (plain / "checkpoints/best.pt").is_file()
 
 
 def test_without_validation_nothing_is_evaluated(project: Path) -> None:
@@ -86,21 +91,20 @@ def test_without_validation_nothing_is_evaluated(project: Path) -> None:
     assert load_model(project / "outputs/checkpoints/model.safetensors").temperature is None
 
 
-def test_gpus_change_neither_the_batch_nor_the_learning_rate(project: Path) -> None:
-    curves = []
-    for gpus in (1, 2):
-        train(project, **{"train.gpus": gpus, "evaluation.interval": 2})
-        curves.append([curve(project / "outputs/train.tsv", column) for column in ("lr", "loss")])
-    (lr, loss), (lr_of_two, loss_of_two) = curves
+def test_gpus_change_neither_the_batch_nor_the_learning_rate(project: Path, plain: Path) -> None:
+    shutil.rmtree(project / ".dvc/tmp/instep", ignore_errors=True)  # else what one has is kept
+    train(project, **{"train.gpus": 2})
+    folders = (plain, project / "outputs")
+    lr, lr_of_two = (curve(folder / "train.tsv", "lr") for folder in folders)
+    loss, loss_of_two = (curve(folder / "train.tsv", "loss") for folder in folders)
     assert lr_of_two == lr
     assert lr[2] == SMALL["train.lr"]
     assert loss_of_two == pytest.approx(loss, rel=1e-3)
 
 
-def test_a_point_of_the_loss_is_the_mean_since_the_last_one(project: Path) -> None:
-    train(project)
-    each = curve(project / "outputs/train.tsv", "loss")
-    shutil.rmtree(project / ".dvc/tmp/instep")
+def test_a_point_of_the_loss_is_the_mean_since_the_last_one(project: Path, plain: Path) -> None:
+    each = curve(plain / "train.tsv", "loss")
+    shutil.rmtree(project / ".dvc/tmp/instep", ignore_errors=True)
     train(project, **{"tracking.log_interval": 3})
     means = curve(project / "outputs/train.tsv", "loss")
     assert means == pytest.approx({3: (each[1] + each[2] + each[3]) / 3, 4: each[4]}, rel=1e-12)
@@ -192,8 +196,8 @@ def test_more_gpus_than_the_machine_shows_are_refused(
 
 
 def test_two_trainings_at_once_find_ports_of_their_own(project: Path, tmp_path: Path) -> None:
-    other = make_project(tmp_path, {"train": 8, "val": 3, "test": 3}, **CHANGES)
-    stage(other, "prepare")
+    shutil.rmtree(project / ".dvc/tmp/instep", ignore_errors=True)
+    other = shutil.copytree(project, tmp_path / "other")
     trainings = []
     for folder in (project, other):
         set_params(folder, CHANGES | {"train.gpus": 2, "train.seed": 1})

@@ -204,7 +204,3 @@ def test_another_training_gets_the_alias_only_if_it_is_better(project: Path):
     assert first != second
     assert best(project) == (2 if second > first else 1)
     assert f"version 2, {'its' if second > first else 'not its'} best" in said
-    set_params(project, {"tracking.registered_model": None, "tracking.log_model": False})
-    dvc(project, "repro", "-f", "--single-item", "export/dvc.yaml:export")
-    assert len(versions(project)) == 2
-    assert len(list((project / "mlartifacts/models").iterdir())) == 2

@@ -1,5 +1,9 @@
 """Whether one training is better than another: groups of seeds, by hand and by simulation."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ from pipeline.evaluation.comparison import (
 from pipeline.evaluation.metrics import ImageAreas
 from pipeline.evaluation.per_image import Origin, PerImage
 from pipeline.params import differing
+from tests.project import REPOSITORY, environment
 
 
 def result(name: str, right: Any, changes: dict[str, Any] | None = None, **origin: Any) -> Result:
@@ -249,3 +254,46 @@ def test_a_difference_lies_within_its_noise_95_times_in_100(
         found = compare(group(trained(0, easy)), group(trained(4, easy), lr=0.2)).mean_iou
         held += abs(found.value - expected) <= found.half
     assert 0.93 < held / 2000 < 0.97, held / 2000
+
+
+# Run where nothing else of the experiments is: the answer, and every number's every digit.
+ELSEWHERE = """
+from pathlib import Path
+from pipeline.evaluation.comparison import Result, compare, gather
+from pipeline.evaluation.per_image import PerImage
+
+paths = sorted(Path().glob("*.npz"), key=lambda path: path.name)
+found = gather(Result(path.stem, PerImage.load(path.read_bytes(), path)) for path in paths)
+compared = compare(*found)
+print(ascii(compared.sentence("A", "B")))
+print([one.iou.tolist() for one in found], compared.furthest(5))
+for row in compared.rows():
+    print(ascii(row), row.difference.half, row.difference.more_seeds, row.difference.times_images)
+"""
+
+
+@pytest.mark.slow
+def test_copies_of_per_image_are_compared_alike_on_another_machine(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    here, there = tmp_path / "here", tmp_path / "thére"
+    for lr, better in ((0.1, 0), (0.2, 4)):
+        for seed in range(3):
+            right = np.clip(rng.integers(20, 80, 81) + better + seed, 0, 100)
+            measured = result("", right, {"seed": seed, "lr": lr}).per_image
+            measured.save(here / f"{lr} {seed}.npz")
+    shutil.copytree(here, there)
+    other = {"LC_ALL": "tr_TR.UTF-8", "TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "17"}
+    threads = {f"{one}_NUM_THREADS": "4" for one in ("OMP", "OPENBLAS", "MKL")}
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", ELSEWHERE],
+            cwd=folder,
+            env=environment(PYTHONPATH=str(REPOSITORY), **extra),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for folder, extra in ((here, {}), (there, other | threads))
+    ]
+    assert said[0] == said[1]
+    assert "mean IoU above A on 81 images and 3 seeds" in said[0]

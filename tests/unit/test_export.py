@@ -1,13 +1,17 @@
 """Exported networks beside torch: every head, at sizes that the export has never seen."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from pipeline import registry
 from pipeline.evaluation.inference import Predictor
 from pipeline.models.layers import _bins
 from pipeline.models.network import Network
@@ -16,7 +20,8 @@ from pipeline.precision import PRECISIONS, Normalization
 from pipeline.prediction.export import METADATA, export_onnx, feeds, open_session, run_session
 from pipeline.prediction.parity import Measured, check
 from pipeline.registry import is_better
-from tests.unit.sections import build
+from pipeline.tracking import TrackingParams
+from tests.unit.sections import REPOSITORY, build
 from tests.unit.test_models import options
 
 CPU = torch.device("cpu")
@@ -86,7 +91,9 @@ def test_an_exported_head_says_what_torch_says(head: str, backbone: str, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_scale_is_the_caller_s_and_the_classes_have_the_image_s_size(tmp_path: Path):
+def test_a_scale_is_the_caller_s_and_the_classes_have_the_image_s_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     predictor = predictor_of("fcn", "resnet18", scale=(128, 80))
     about = {"classes": ["sky", "Bäume"], "scale": [128, 80]}
     export_onnx(predictor, about, "fcn", tmp_path / "model.onnx")
@@ -97,6 +104,19 @@ def test_a_scale_is_the_caller_s_and_the_classes_have_the_image_s_size(tmp_path:
     given = feeds(pictures(2, 300, 200), (128, 80))
     assert given["image"].shape == (2, 120, 80, 3)
     assert given["size"].tolist() == [300, 200]
+
+    # What docs/serving.md shows is that.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs/export").mkdir(parents=True)
+    (tmp_path / "model.onnx").rename("outputs/export/model.onnx")
+    Image.fromarray(pictures(1, 203, 150)[0]).save("photo.jpg")
+    page = (REPOSITORY / "docs/serving.md").read_text(encoding="utf-8")
+    (program,) = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(program, made)
+    expected = np.stack(predictor.predict([made["image"]]))
+    assert made["classes"].shape == expected.shape == (1, 203, 150)
+    assert (made["classes"] != expected).mean() <= TIES
 
 
 class Counting(Network):
@@ -164,3 +184,17 @@ def test_the_alias_goes_to_the_better_of_two_that_saw_the_same_images():
     assert not is_better(old | {"mean_iou": "0.9", "data.md5": "b"}, old)
     assert not is_better(old | {"mean_iou": "0.9", "split": "val"}, old)
     assert not is_better({"data.md5": "a", "split": "test"}, None)
+
+
+def test_mlflow_gets_a_model_only_where_it_is_to_keep_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(registry, "connect", lambda _: pytest.fail("asked for"))
+    given = TrackingParams(uri=None, experiment="e", log_interval=1, log_model=False)
+    model, example = Path("model.onnx"), np.zeros((2, 2, 3), np.uint8)
+    registry.log_version(given, "run", model, example=example, scores={}, tags={})
+    monkeypatch.setattr(registry, "connect", lambda _: 1 / 0)
+    for wanted in ({"log_model": True}, {"registered_model": "feet"}):
+        params = given.model_copy(update=wanted)
+        registry.log_version(params, "run", model, example=example, scores={}, tags={})
+        assert "MLflow has not taken the model: division by zero" in capsys.readouterr().out
