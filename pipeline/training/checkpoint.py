@@ -21,6 +21,7 @@ from pipeline.models.weights import (
     averaged,
     classes_of,
     is_own,
+    network_of,
     read_file,
     weights_of,
 )
@@ -160,9 +161,8 @@ def load_weights(
     content = read_file(path)
     weights, theirs = weights_of(content, path), classes_of(content)
     source = str(path)
-    if is_own(content):
-        network = content["params"]["model"]
-        source += f", a {network['head']['name']} on {network['backbone']['name']},"
+    if is_own(content) and (network := network_of(content)):
+        source += f", {network},"
     if classes and theirs and len(theirs) != len(classes):
         source += f", of {len(theirs)} classes instead of {len(classes)},"
     fill(model, weights, source, strict)
@@ -227,6 +227,9 @@ def _compare(
         elif weight.shape != own[name].shape:
             shapes = tuple(weight.shape), tuple(own[name].shape)
             wrong.append(f"{name}: {shapes[0]} in the file, {shapes[1]} in the model")
+        elif weight.is_floating_point() != own[name].is_floating_point():
+            kinds = weight.dtype, own[name].dtype
+            wrong.append(f"{name}: {kinds[0]} in the file, {kinds[1]} in the model")
         else:
             fitting[name] = weight
     return fitting, wrong
