@@ -39,9 +39,10 @@ Colour = tuple[Grey, Grey, Grey]
 LISTED = 20  # findings of a file
 LONGEST = 1000  # characters of a text
 SHOWN = 60  # characters of what was given
-# What no screen, page or metric's name can show: control characters, halves of characters, and
-# what separates lines.
+# What no screen, page or metric's name can show: control characters, halves of characters, what
+# separates lines, and what turns the text around it.
 UNSEEN = ("Cc", "Cs", "Zl", "Zp")
+TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 class Section(BaseModel):
@@ -97,7 +98,7 @@ def choose(table: Mapping[str, type[N]], given: Any, also: str = "") -> N:
     for key in given.keys() - own.keys():
         others = [other for other, section in table.items() if key in section.model_fields]
         hint = f"it belongs to {', '.join(others)}" if others else ""
-        raise InputError(f"{name} has no parameter {key}; {hint or _did_you_mean(key, own)}")
+        raise InputError(f"{name} has no parameter {brief(key)}; {hint or _did_you_mean(key, own)}")
     return table[name].model_validate_json(json.dumps(given))
 
 
@@ -136,20 +137,21 @@ def _unseen(given: Any, name: str = "") -> Iterator[str]:
         for place, value in enumerate(given):
             yield from _unseen(value, f"{name}.{place}")
     elif isinstance(given, str):
-        hidden = [one for one in given if unicodedata.category(one) in UNSEEN]
+        hidden = [one for one in given if unicodedata.category(one) in UNSEEN or one in TURNING]
         if hidden:
-            yield f"{name}: {brief(ascii(given))} holds {hidden[0]!a}, which can't be shown"
+            yield f"{name}: {brief(given)} holds {hidden[0]!a}, which can't be shown"
         elif len(given) > LONGEST:
-            yield f"{name}: {brief(given)!r} has {len(given)} characters; use at most {LONGEST}"
+            yield f"{name}: {brief(given)} has {len(given)} characters; use at most {LONGEST}"
 
 
 def brief(text: str) -> str:
-    """The text, or the beginning of a long one."""
+    """The text, or the beginning of a long one; written in ASCII where a screen would not show it."""
+    text = text if text.isprintable() else ascii(text)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def _explain(root: type[Section], finding: Any) -> str:
-    name = ".".join(str(part) for part in finding["loc"]) or "params"
+    name = ".".join(brief(str(part)) for part in finding["loc"]) or "params"
     text = brief(json.dumps(finding["input"], ensure_ascii=False))
     given = "" if isinstance(finding["input"], dict) else text
     match finding["type"]:

@@ -42,7 +42,8 @@ PIECES = [
     b"\xff", b"\xef\xbb\xbf", b"\xfe\xff", b"\x00", b"\x1b", b"\t", b"\r", b"\n", b"'", b'"', b"[",
     b"]", b"{", b"}", b": ", b"- ", b"&a ", b"*a", b"*b", b"<<: *a\n", b"? ", b"! ", b"!!int ",
     b"!!float ", b"!!bool ", b"!!python/object:os.system ", b"!!timestamp ", b"!!set ",
-    b"!!binary ", b"%YAML 1.1\n", b"---\n", b"...\n", b"| ", b"> ", b"@", b"`", b"#", b",", b"0x_", b"9" * 5000,
+    b"!!binary ", b"%YAML 1.1\n", b"---\n", b"...\n", b"| ", b"> ", b"@", b"`", b"#", b",",
+    b"0x_", b"9" * 5000,
     b"\xc3", b"\xed\xa0\x80", b"\xe2\x80\xa8", b'"\\ud800"', b'"\\U00110000"', b'"\\0"', b"~",
 ]  # fmt: skip
 
