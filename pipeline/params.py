@@ -145,7 +145,7 @@ def _unseen(given: Any, name: str = "") -> Iterator[str]:
 
 
 def brief(text: str) -> str:
-    """The text, or the beginning of a long one; written in ASCII where a screen would not show it."""
+    """The text or its beginning, in ASCII where a screen would not show it."""
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
