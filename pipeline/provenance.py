@@ -3,11 +3,16 @@
 None of it is part of a result: it tells where one can be had again.
 """
 
+import json
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypedDict, cast
 
+from pipeline.disk import check_format
 from pipeline.errors import InputError
 from pipeline.params import flatten, main_checkout
 from pipeline.yaml12 import parse_yaml
@@ -18,6 +23,56 @@ NAMED = 3  # changed parameters in a run's name
 # Sections whose parameters do not change a training's result, and parameters of others.
 SILENT = ("evaluation.", "tracking.", "gate")
 MACHINE = {"train.gpus", "train.device", "train.workers", "train.work_dir"}
+
+
+class Identity(TypedDict):
+    """The content of run.json: which training made the files beside it.
+
+    `run_id` is that of its MLflow run, null where it was tracked nowhere. `code` is a digest of the
+    code and of the files of weights that it started from. `weights` has the md5 of the weights
+    after 1, 10, 100, ... iterations and at the end, `machine` what they were computed on.
+    """
+
+    format: int
+    run_id: str | None
+    fingerprint: str
+    code: str
+    weights: dict[str, str]
+    machine: dict[str, Any]
+
+
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "run_id": (str, NoneType),
+    "fingerprint": str,
+    "code": str,
+    "weights": dict,
+    "machine": dict,
+}
+FINGERPRINT = re.compile(r"[0-9a-f]{32}")  # also the name of a folder
+
+
+def read_identity(path: Path) -> Identity:
+    """The content of a run.json.
+
+    Raises:
+        InputError: it is missing, broken or of another version of this tool.
+    """
+    remedy = "run `dvc repro -f train`"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing, which a training ends with; {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is broken ({error}); {remedy}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is broken: it holds no object; {remedy}")
+    check_format(content, path, remedy)
+    wrong = [name for name, kind in KINDS.items() if not isinstance(content.get(name, ...), kind)]
+    if not wrong and not FINGERPRINT.fullmatch(content["fingerprint"]):
+        wrong = ["fingerprint"]
+    if wrong:
+        raise InputError(f"{path} is broken: no proper {', '.join(wrong)}; {remedy}")
+    return cast("Identity", content)
 
 
 def git_tags() -> dict[str, str]:

@@ -11,7 +11,9 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+from pipeline.disk import UNWRITABLE, unwritable
 from pipeline.errors import InputError
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # of a broken file we say it, with its name
@@ -35,6 +37,8 @@ def keep_freed_memory() -> None:
 def run_main(main: Callable[[], None]) -> None:
     """Run a stage or command to its end; an InputError is said alone, with exit code 1.
 
+    So is what the machine does not let us do, such as to write on a full disk.
+
     Its objects are then kept from the garbage collector, which would look for cycles in all that
     torch and MLflow have made, a second long, in a process that ends.
     """
@@ -42,5 +46,12 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        path = error.filename2 or error.filename
+        if error.errno in UNWRITABLE:
+            sys.exit(f"error: {unwritable(error, Path(path or 'a file here'))}")
+        if isinstance(error, PermissionError) and path:
+            sys.exit(f"error: {path}: permission is denied")
+        raise
     finally:
         gc.freeze()

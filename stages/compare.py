@@ -11,6 +11,7 @@ from itertools import count, product
 from pathlib import Path
 
 from pipeline.data.store import INDEX, PREPARED, Store
+from pipeline.disk import writing
 from pipeline.errors import InputError
 from pipeline.evaluation.comparison import Comparison, Group, compare, gather
 from pipeline.experiment import load_params
@@ -55,7 +56,8 @@ def main() -> None:
     store = Store(PREPARED) if (PREPARED / INDEX).is_file() else None
     page = comparison_page(groups, comparisons, store)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(page, encoding="utf-8")
+    with writing(options.out):
+        options.out.write_text(page, encoding="utf-8")
     print(f"\nas a page: {options.out}")
 
 

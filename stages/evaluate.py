@@ -1,6 +1,5 @@
 """Stage 3: the best checkpoint -> predictions, scores and pictures, added to the training's run."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from pipeline import distributed
 from pipeline.data.store import PREPARED, Array, Store
-from pipeline.disk import MODEL, check_format, write_json
+from pipeline.disk import MODEL, write_json
 from pipeline.evaluation.baseline import colour_rule
 from pipeline.evaluation.inference import Predictor, evaluate_images
 from pipeline.evaluation.metrics import iou_of, mean_of, summarize
@@ -22,10 +21,10 @@ from pipeline.experiment import Params, load_params
 from pipeline.params import flatten, plain
 from pipeline.prediction.calibration import calibrated
 from pipeline.prediction.model import build_predictor, describe, describe_file
-from pipeline.provenance import dvc_tags, git_tags, rebuild_commands
+from pipeline.provenance import Identity, dvc_tags, git_tags, read_identity, rebuild_commands
 from pipeline.tracking import INTERVAL_TAG, open_evaluation_run
 from pipeline.training.checkpoint import Checkpoint, load_checkpoint
-from pipeline.training.state import Identity, State, evaluation_code, evaluation_fingerprint
+from pipeline.training.state import State, evaluation_code, evaluation_fingerprint
 from stages import keep_freed_memory, run_main
 
 METRICS = Path("metrics.json")
@@ -50,8 +49,7 @@ def main() -> None:
 def run(params: Params, device: torch.device) -> None:
     """Measure the best checkpoint, or the last where the training was not validated."""
     work_dir = Path(params.train.work_dir)
-    identity: Identity = json.loads((work_dir / "run.json").read_text(encoding="utf-8"))
-    check_format(identity, work_dir / "run.json", "run `dvc repro -f train`")
+    identity = read_identity(work_dir / "run.json")
     if distributed.rank() == 0:
         State(identity["fingerprint"]).finish()  # DVC has the training's outputs by now
     store = Store(PREPARED)

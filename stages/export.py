@@ -4,13 +4,12 @@
 it, after what it depends on.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pipeline import load_model
 from pipeline.data.store import PREPARED, Store
-from pipeline.disk import MODEL, check_format, write_json
+from pipeline.disk import MODEL, write_json
 from pipeline.experiment import Params, load_params
 from pipeline.prediction.export import (
     described,
@@ -21,7 +20,7 @@ from pipeline.prediction.export import (
 )
 from pipeline.prediction.model import describe_file
 from pipeline.prediction.parity import Measured, check, measure
-from pipeline.provenance import dvc_tags, git_tags
+from pipeline.provenance import dvc_tags, git_tags, read_identity
 from pipeline.registry import log_version
 from stages import run_main
 
@@ -37,8 +36,7 @@ def main() -> None:
 def run(params: Params, store: Store) -> None:
     """Export the model that is measured, compare it with torch, and have MLflow keep it."""
     work_dir = Path(params.train.work_dir)
-    identity = json.loads((work_dir / "run.json").read_text(encoding="utf-8"))
-    check_format(identity, work_dir / "run.json", "run `dvc repro -f train`")
+    identity = read_identity(work_dir / "run.json")
     weights = work_dir / "checkpoints" / MODEL
     model = load_model(weights, "cpu")
     head = describe_file(weights).params.model.head.name

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pipeline.disk import write_text
 from pipeline.errors import InputError
 from pipeline.evaluation.comparison import compare, gather, worse
 from pipeline.yaml12 import read_yaml
@@ -14,7 +15,7 @@ def main() -> None:
     said = "no gate is set, so every result passes" if given.get("gate") is None else judge()
     print(said)
     path = Path(given["train"]["work_dir"]) / "evaluation" / "gate.txt"
-    path.write_text(said + "\n", encoding="utf-8")
+    write_text(path, said + "\n")
 
 
 def judge() -> str:

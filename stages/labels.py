@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.data.store import PREPARED, Split, Store
+from pipeline.disk import writing
 from pipeline.errors import InputError
 from pipeline.experiment import Params, load_params
 from pipeline.pages.labels import Suspect, labels_page, pictures
@@ -64,7 +65,8 @@ def main() -> None:
         show(image, models[image], held[image], store) for image, _ in listed[: options.shown]
     ]
     legend = list(store.colours.items())
-    options.out.write_text(labels_page(suspects, len(listed), legend), encoding="utf-8")
+    with writing(options.out):
+        options.out.write_text(labels_page(suspects, len(listed), legend), encoding="utf-8")
     for image, doubt in listed[:5]:
         print(f"{doubt.quality:.4f}  {image}")
     print(f"as a page: {options.out}, and all of them in {options.out.with_suffix('.csv')}")
@@ -93,7 +95,7 @@ def show(image: str, model: Model, place: tuple[Split, int], store: Store) -> Su
 
 def write_table(path: Path, listed: Sequence[tuple[str, Doubt]]) -> None:
     """A row an image, the most doubtful first."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with writing(path), path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["image", *COLUMNS, "label", "looks like"])
         for image, doubt in listed:

@@ -1,5 +1,6 @@
 """Stage 1: the user's images -> an audited, packed data set in data/prepared."""
 
+import shutil
 import sys
 
 from tqdm import tqdm
@@ -7,6 +8,7 @@ from tqdm import tqdm
 from pipeline.data.audit import prepare
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import PREPARED, Store
+from pipeline.disk import writing
 from stages import run_main
 
 
@@ -22,7 +24,12 @@ def main() -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        prepare(params.data, PREPARED, show)
+        with writing(PREPARED):
+            try:
+                prepare(params.data, PREPARED, show)
+            except OSError:
+                shutil.rmtree(PREPARED, ignore_errors=True)  # a part of it is of no use
+                raise
     store = Store(PREPARED)
     splits = {name: store.split(name) for name in SPLITS}
     print("images:", ", ".join(f"{name} {len(split)}" for name, split in splits.items()))

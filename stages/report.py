@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.store import PREPARED, SUMMARY, Store
-from pipeline.disk import check_format
+from pipeline.disk import check_format, write_text
 from pipeline.evaluation.per_image import PER_IMAGE, PerImage
 from pipeline.evaluation.reliability import CALIBRATION
 from pipeline.evaluation.report import Masks
 from pipeline.pages.report import Evaluation, report_page
 from pipeline.params import flatten
-from pipeline.provenance import git_tags, rebuild_commands
+from pipeline.provenance import Identity, git_tags, read_identity, rebuild_commands
 from pipeline.yaml12 import read_yaml
 from stages import run_main
 
@@ -37,11 +37,11 @@ def main() -> None:
         val=read_curve(work_dir / "val.tsv"),
         mask=Masks(work_dir, store.split(name), store.palette).read,
         params=flatten({"data": given["data"], **per_image.origin["params"]}),
-        lineage=lineage(read_json(work_dir / "run.json"), store, tags),
+        lineage=lineage(read_identity(work_dir / "run.json"), store, tags),
         commands=rebuild_commands(tags),
     )
     path = work_dir / "report.html"
-    path.write_text(report_page(evaluation), encoding="utf-8")
+    write_text(path, report_page(evaluation))
     print(path)
 
 
@@ -57,7 +57,7 @@ def read_curve(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def lineage(identity: dict[str, Any], store: Store, tags: dict[str, str]) -> dict[str, str]:
+def lineage(identity: Identity, store: Store, tags: dict[str, str]) -> dict[str, str]:
     """What the result comes from, by what it is called on the page."""
     found = {
         "fingerprint of the training": identity["fingerprint"],

@@ -27,7 +27,7 @@ from pipeline.models.weights import averaged
 from pipeline.params import flatten, plain
 from pipeline.precision import PRECISIONS, Normalization
 from pipeline.prediction.calibration import fit_temperature
-from pipeline.provenance import PARAMS, changed_params, dvc_tags, git_tags, run_name
+from pipeline.provenance import PARAMS, Identity, changed_params, dvc_tags, git_tags, run_name
 from pipeline.tracking import Tracker, open_training_run, tracked
 from pipeline.training.checkpoint import (
     Best,
@@ -41,7 +41,7 @@ from pipeline.training.checkpoint import (
 from pipeline.training.loop import Intervals, Progress, train
 from pipeline.training.optimization import Learner, build_learner
 from pipeline.training.state import (
-    Identity,
+    LogFile,
     State,
     Writer,
     result_params,
@@ -279,7 +279,7 @@ def open_log(work_dir: Path, state: State) -> None:
         shutil.copyfile(state.log, path)
     log.handlers = [logging.StreamHandler(sys.stdout)]
     for copy in (path, state.log):
-        log.addHandler(logging.FileHandler(copy, encoding="utf-8"))
+        log.addHandler(LogFile(copy, encoding="utf-8"))
         log.handlers[-1].setFormatter(logging.Formatter("%(asctime)s  %(message)s"))
     log.setLevel(logging.INFO)
 

@@ -63,7 +63,8 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
     """
     reader = params.reader()
     records, problems = reader.records()
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True)
     jobs, total = [], 0
     for split in SPLITS:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.disk import check_format, file_md5
+from pipeline.disk import check_format, file_md5, write_text
 from pipeline.errors import InputError
 
 PREPARED = Path("data/prepared")
@@ -159,4 +159,4 @@ def spread(total: int, count: int) -> NDArray[np.intp]:
 def write_index(folder: Path, index: Index) -> None:
     """Write index.json."""
     text = json.dumps(index, ensure_ascii=False, separators=(",", ":"))
-    (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / INDEX, text + "\n")

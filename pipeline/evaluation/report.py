@@ -1,6 +1,5 @@
 """What an evaluation leaves for people: predicted masks, plots for DVC, and pictures."""
 
-import csv
 import io
 import re
 import shutil
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.data.store import Array, Split, Store, spread
+from pipeline.disk import write_table, writing
 from pipeline.evaluation.metrics import Matrix, confusion_matrix
 
 PICTURES = 3  # of each kind
@@ -42,7 +42,8 @@ class Masks:
         """The mask (H,W) of the image of this index."""
         path = self.folder / f"{self._names[index]}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_mask(path, prediction, self._palette)
+        with writing(path):
+            write_mask(path, prediction, self._palette)
 
     def read(self, index: int) -> Array:
         """What `write` was given."""
@@ -65,18 +66,14 @@ def read_mask(content: bytes) -> Array:
 def write_plots(folder: Path, scores: dict[str, Any], confusion: Matrix, store: Store) -> None:
     """classes.tsv: the scores of each class; confusion.tsv: the share of each target class."""
     kinds = ("iou", "boundary_iou", "accuracy", "precision", "dice")
-    with (folder / "classes.tsv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, delimiter="\t", lineterminator="\n")
-        table.writerow(["class", *kinds])
-        for name in store.classes:
-            table.writerow([name, *(scores[kind][name] for kind in kinds)])
-    with (folder / "confusion.tsv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, delimiter="\t", lineterminator="\n")
-        table.writerow(["target", "prediction", "pixels", "share"])
-        for name, row in zip(store.classes, confusion, strict=True):
-            shares = row / max(row.sum(), 1)
-            for predicted, pixels, share in zip(store.classes, row, shares, strict=True):
-                table.writerow([name, predicted, pixels, float(share)])
+    rows = [[name, *(scores[kind][name] for kind in kinds)] for name in store.classes]
+    write_table(folder / "classes.tsv", ["class", *kinds], rows)
+    rows = []
+    for name, row in zip(store.classes, confusion, strict=True):
+        shares = row / max(row.sum(), 1)
+        for predicted, pixels, share in zip(store.classes, row, shares, strict=True):
+            rows.append([name, predicted, pixels, float(share)])
+    write_table(folder / "confusion.tsv", ["target", "prediction", "pixels", "share"], rows)
 
 
 def choose(scores: Sequence[float]) -> list[tuple[str, int]]:
@@ -113,7 +110,9 @@ def write_overlays(
         image, target = split[index]
         picture = panel(image, target, masks.read(index), store.colours)
         stem = re.sub(r"[^\w\-]+", "_", split.entries[index].name)[-60:]  # names have a limit
-        (folder / f"{name}_{stem}.png").write_bytes(png(picture))
+        path = folder / f"{name}_{stem}.png"
+        with writing(path):
+            path.write_bytes(png(picture))
 
 
 def panel(

@@ -4,10 +4,12 @@ Known are torch.save's files (.pt, .pth) and safetensors; checkpoints of this to
 MMSegmentation and of EoMT, and bare state_dicts, such as timm's and OpenMMLab's of an encoder.
 """
 
+import hashlib
 import json
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,11 @@ from pipeline.models.mmseg import from_mmseg
 
 OWN = {"model", "params"}  # by these a file is one of ours
 DESCRIPTION = "instep"  # the metadata of our safetensors: several keys would change their order
+CHECKSUM = "md5"  # of such a file's description, the name of its `model_md5`
+ZIP = b"PK\x03\x04"  # how a file of torch.save begins
+FOLDER = 0x10  # of a part's attributes: torch would read nothing, and leave its memory as it is
+UNSAFE = "not a checkpoint that can be loaded safely"
+ALTERED = "since it was written it has been altered, and has another checksum; copy or make it anew"
 BACKBONE = "backbone."
 # What reading and renaming raise, where the content of a file is of no form that is known.
 MALFORMED = (
@@ -126,6 +133,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     with _opened(path) as file:
         described = _described(file)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    written = described.pop(CHECKSUM, None)
+    if written is not None and written != model_md5(described, tensors):
+        raise InputError(f"{path}: not a model that can be read: {ALTERED}")
     return {**described, "model": tensors} if described else tensors
 
 
@@ -142,25 +152,66 @@ def _described(file: Any) -> dict[str, Any]:
     return dict(json.loads((file.metadata() or {}).get(DESCRIPTION, "{}")))
 
 
+def require_whole(path: Path) -> None:
+    """Check that a file of torch.save is there, and as it was written.
+
+    torch writes a CRC-32 of every part into the zip archive that such a file is, but does not look
+    at it.
+
+    Raises:
+        InputError: it is missing, empty, cut off, or a byte of it is another one.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if not path.stat().st_size:
+        raise InputError(f"{path}: {UNSAFE}: it is empty")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            # torch.save compresses nothing; of what is, a few bytes could fill the memory.
+            compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+            altered = any(part.external_attr & FOLDER for part in parts)
+            altered = altered or compressed or archive.testzip() is not None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path}: {UNSAFE}: it is cut off or broken ({error})") from None
+    if altered:
+        raise InputError(f"{path}: {UNSAFE}: {ALTERED}")
+
+
 def _read_pickle(path: Path) -> Any:
+    with path.open("rb") as file:
+        begin = file.read(len(ZIP))
+    if begin in (ZIP, b""):  # else it may be of torch before 1.6, without any checksum
+        require_whole(path)
     allowed: list[Any] = [(stand_in, name) for name, stand_in in STAND_INS.items()]
     try:
-        _refuse_compressed(path)
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are about torch
             return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
     except Exception as error:  # torch raises a different kind for each way of being broken
         if found := re.search(r"\bGLOBAL (\S+)", str(error)):
             raise InputError(
-                f"{path}: not a checkpoint that can be loaded safely: it names {found[1]}, which "
+                f"{path}: {UNSAFE}: it names {found[1]}, which "
                 "is neither a tensor nor plain data and could run code; if you trust the file, "
                 "save its state_dict alone, where it was made"
             ) from None
-        raise InputError(
-            f"{path}: not a checkpoint that can be loaded safely: {_reason(error)}"
-        ) from error
+        raise InputError(f"{path}: {UNSAFE}: {_reason(error)}") from error
+
+
+def tensors_md5(tensors: Mapping[str, Tensor]) -> str:
+    """md5 over names, types, shapes and bytes, in their order."""
+    digest = hashlib.md5()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {own.dtype} {tuple(own.shape)}".encode())
+        digest.update(own.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def model_md5(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """The checksum of a file of safetensors of ours: of its description and of its tensors."""
+    parts = [described, tensors_md5(dict(sorted(tensors.items())))]
+    return hashlib.md5(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _reason(error: BaseException) -> str:
@@ -169,21 +220,6 @@ def _reason(error: BaseException) -> str:
     reason = str(cause).partition("\n")[0].partition(". ")[0]
     advised = not reason or "weights_only" in reason
     return f"{type(cause).__name__} where it is read" if advised else reason
-
-
-def _refuse_compressed(path: Path) -> None:
-    """torch.save compresses nothing, and a few bytes of what is may become more than memory holds.
-
-    Raises:
-        InputError: the file is an archive of compressed files.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
-                raise InputError(
-                    f"{path}: not a checkpoint that can be loaded safely: it is compressed, and "
-                    "torch.save compresses nothing"
-                )
 
 
 def is_own(content: dict[str, Any]) -> bool:

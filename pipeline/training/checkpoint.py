@@ -1,6 +1,5 @@
 """Checkpoints: what they hold, and how they get to disk whole or not at all."""
 
-import hashlib
 import json
 import logging
 import sys
@@ -16,13 +15,16 @@ from pipeline.disk import FORMAT, check_format, write_atomically
 from pipeline.errors import InputError
 from pipeline.models.vit import ViT
 from pipeline.models.weights import (
+    CHECKSUM,
     DESCRIPTION,
     OWN,
     averaged,
     classes_of,
     is_own,
+    model_md5,
     network_of,
     read_file,
+    tensors_md5,
     weights_of,
 )
 from pipeline.params import main_checkout
@@ -84,12 +86,7 @@ def build_checkpoint(
 
 def weights_md5(network: nn.Module) -> str:
     """md5 over the names, types, shapes and bytes of all that a network holds."""
-    digest = hashlib.md5()
-    for name, tensor in network.state_dict().items():
-        own = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {own.dtype} {tuple(own.shape)}".encode())
-        digest.update(own.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensors_md5(network.state_dict())
 
 
 def described_anew(checkpoint: Checkpoint, description: Description) -> Checkpoint:
@@ -112,21 +109,44 @@ def _canonical(value: Any) -> Any:
             return value
 
 
-def save(content: Any, path: Path) -> None:
-    """Write a checkpoint, or what holds one, atomically."""
-    write_atomically(path, lambda file: torch.save(content, file))
+def save(content: Any, path: Path, before: Path | None = None) -> None:
+    """Write a checkpoint, or what holds one, atomically; `before` is where the old file goes.
+
+    Raises:
+        InputError: there is no room for it; the text says how much it needs and how much there is.
+    """
+    size = _tensor_bytes(content)
+    write_atomically(path, lambda file: torch.save(content, file), size=size, before=before)
+
+
+def _tensor_bytes(content: Any) -> int:
+    """What a file needs at least. The rest of it is small."""
+    match content:
+        case Tensor():
+            return content.nbytes
+        case dict():
+            return sum(map(_tensor_bytes, content.values()))
+        case list() | tuple():
+            return sum(map(_tensor_bytes, content))
+        case _:
+            return 0
 
 
 def save_model(checkpoint: Checkpoint, temperature: float | None, path: Path) -> None:
     """Write what predictions need of a checkpoint as one file of safetensors, atomically.
 
     It holds the weights that are measured and, as JSON in its metadata, the checkpoint's
-    description and the `temperature` that calibrates it, null where none is known.
+    description, the `temperature` that calibrates it, null where none is known, and a checksum of
+    all these.
+
+    Raises:
+        InputError: there is no room for it; the text says how much it needs and how much there is.
     """
     known = {name: checkpoint[name] for name in ("format", *Description.__annotations__)}  # type: ignore[literal-required]
-    described = json.dumps(known | {"temperature": temperature}, ensure_ascii=False)
-    content = save_tensors(averaged(dict(checkpoint)), {DESCRIPTION: described})
-    write_atomically(path, lambda file: file.write(content))
+    weights, described = averaged(dict(checkpoint)), known | {"temperature": temperature}
+    described |= {CHECKSUM: model_md5(described, weights)}
+    content = save_tensors(weights, {DESCRIPTION: json.dumps(described, ensure_ascii=False)})
+    write_atomically(path, lambda file: file.write(content), size=len(content))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -4,7 +4,6 @@ The state of a running training lies outside DVC's outputs, which DVC deletes be
 in `.dvc/tmp/instep/<fingerprint>` of the main checkout, which every way of running DVC shares.
 """
 
-import csv
 import hashlib
 import json
 import logging
@@ -18,11 +17,19 @@ from typing import Any, TypedDict, cast
 
 from filelock import FileLock, Timeout
 
-from pipeline.disk import check_format, file_md5, write_atomically
+from pipeline.disk import (
+    FORMAT,
+    check_format,
+    file_md5,
+    remove_temporary,
+    write_atomically,
+    write_table,
+    writing,
+)
 from pipeline.errors import InputError
 from pipeline.evaluation.inference import EvaluationParams
 from pipeline.models import ModelParams
-from pipeline.models.weights import read_file
+from pipeline.models.weights import read_file, require_whole
 from pipeline.params import Section, main_checkout, plain
 from pipeline.training.checkpoint import (
     Checkpoint,
@@ -69,22 +76,6 @@ class Saved(TypedDict):
     history: list[HistoryEntry]
     means: Means
     hashes: dict[str, str]
-
-
-class Identity(TypedDict):
-    """The content of run.json: which training made the files beside it.
-
-    `run_id` is that of its MLflow run, null where it was tracked nowhere. `code` is a digest of the
-    code and of the files of weights that it started from. `weights` has the md5 of the weights
-    after 1, 10, 100, ... iterations and at the end, `machine` what they were computed on.
-    """
-
-    format: int
-    run_id: str | None
-    fingerprint: str
-    code: str
-    weights: dict[str, str]
-    machine: dict[str, Any]
 
 
 def result_params(
@@ -168,19 +159,37 @@ def start_files(params: TrainParams) -> list[Path]:
     return [path, best] if params.resume_from and best.is_file() else [path]
 
 
+class LogFile(logging.FileHandler):
+    """A file of log lines that says what is wrong where it can't be written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Raise the error, of which `logging` would print a traceback for every line."""
+        with writing(Path(self.baseFilename)):
+            raise
+
+
 class State:
-    """The saved state of one training, named by its fingerprint."""
+    """The saved state of one training, named by its fingerprint.
+
+    Two are kept, the last one and the one before it, each with the best checkpoint until then: a
+    training whose last state has become broken goes on from the one before.
+    """
 
     def __init__(self, fingerprint: str) -> None:
         self.fingerprint = fingerprint
         self.folder = main_checkout() / ".dvc" / "tmp" / "instep" / fingerprint
         self.log = self.folder / "train.log"
         self._state = self.folder / "state.pt"
+        self._before = self.folder / "state-before.pt"
+        self._usable = True  # whether state.pt is worth keeping when another one is saved
+        self._last_best: Path | None = None  # that of the last state that was saved or loaded
         self._run_id = self.folder / "run_id"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only process that writes this state; what other trainings left too long goes.
+        """Be the only process that writes this state; what others left goes.
+
+        That is what a kill in the middle of writing left here, and other trainings left too long.
 
         Raises:
             InputError: another training with the same fingerprint is running.
@@ -199,6 +208,7 @@ class State:
                     if path.name not in ("lock", FINISHED):
                         path.unlink()
                 (self.folder / FINISHED).unlink()  # last: a kill before it leaves nothing half done
+            remove_temporary(self.folder)
             self._forget_old_states()
             yield
 
@@ -226,6 +236,7 @@ class State:
             for path in self.folder.parent.iterdir():
                 if path != self.folder and (path / FINISHED).is_file():
                     _remove(path)
+            self._before.unlink(missing_ok=True)
             (self.folder / FINISHED).touch()
 
     def start_from(self, other: "State", description: Description) -> bool:
@@ -245,36 +256,72 @@ class State:
         return False
 
     def save(self, saved: Saved) -> None:
-        """Keep a checkpoint and the curves up to it, in one step."""
-        save(saved, self._state)
+        """Keep a checkpoint and the curves up to it, in one step, and those before it.
+
+        Raises:
+            InputError: there is no room; the last two states are still there.
+        """
+        save(saved, self._state, self._before if self._usable else None)
         best = self._best(saved["checkpoint"])
         for path in self.folder.glob("best-*.pt"):
-            if path != best:
+            if path not in (best, self._last_best):
                 path.unlink()
+        self._usable, self._last_best = True, best
 
     @property
     def exists(self) -> bool:
         """Whether a checkpoint has been saved."""
-        return self._state.is_file()
+        return self._state.is_file() or self._before.is_file()
 
     def load(self) -> Saved:
-        """The last saved checkpoint and the curves up to it.
+        """The last saved checkpoint and the curves up to it; if it is broken, the one before it.
 
         Raises:
-            InputError: it is broken, or another version of this tool wrote it.
+            InputError: both are broken, or another version of this tool wrote them.
         """
-        saved = read_file(self._state)
-        check_format(saved, self._state, f"delete {self.folder} to train anew")
-        return cast("Saved", saved)
+        broken = []
+        for path in (self._state, self._before):
+            try:
+                saved = self._read(path)
+            except InputError as error:
+                broken.append(str(error))
+                continue
+            check_format(saved, path, f"delete {self.folder} to train anew")
+            if broken:
+                iteration = saved["checkpoint"]["iteration"]
+                log.warning("%s: taking the state before it, of iteration %d", broken[0], iteration)
+            self._usable, self._last_best = not broken, self._best(saved["checkpoint"])
+            return saved
+        listed = "\n".join(f"  {one}" for one in broken)
+        raise InputError(
+            f"neither of this training's two saved states can be used:\n{listed}\n"
+            f"delete {self.folder} to train anew: what it has done so far is lost"
+        )
+
+    def _read(self, path: Path) -> Saved:
+        """A saved state that is as it was written, and so is the best checkpoint until then."""
+        saved = cast("Saved", read_file(path))
+        if saved.get("format") == FORMAT and (best := self._best(saved["checkpoint"])):
+            require_whole(best)
+        return saved
 
     def write_outputs(self, work_dir: Path) -> None:
-        """Write what DVC takes over: checkpoints/{last,best}.pt, train.tsv and val.tsv."""
-        saved = self.load()
+        """Write what DVC takes over: checkpoints/{last,best}.pt, train.tsv and val.tsv.
+
+        Raises:
+            InputError: the state that the training ended with is broken, or there is no room.
+        """
+        try:
+            saved = self._read(self._state)
+        except InputError as error:  # the one before it is not the result
+            raise InputError(
+                f"{error}; run the same command again: it goes on from the state before"
+            ) from None
         checkpoint = saved["checkpoint"]
         shutil.rmtree(work_dir / "checkpoints", ignore_errors=True)
         save(checkpoint, work_dir / "checkpoints" / "last.pt")
         if best := self._best(checkpoint):
-            shutil.copyfile(best, work_dir / "checkpoints" / "best.pt")
+            _copy(best, work_dir / "checkpoints" / "best.pt")
         for name in ("train", "val"):
             _write_curves(work_dir / f"{name}.tsv", f"{name}/", saved["history"])
 
@@ -331,10 +378,20 @@ def _write_curves(path: Path, prefix: str, history: list[dict[str, Any]]) -> Non
     """The metrics of one prefix, a column each, a row for every iteration that has one."""
     rows = [entry for entry in history if any(name.startswith(prefix) for name in entry)]
     names = [name for name in rows[0] if name.startswith(prefix)] if rows else []
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, delimiter="\t", lineterminator="\n")
-        table.writerow(["iteration", *(name.removeprefix(prefix) for name in names)])
-        table.writerows([entry["iteration"], *(entry[name] for name in names)] for entry in rows)
+    write_table(
+        path,
+        ["iteration", *(name.removeprefix(prefix) for name in names)],
+        [[entry["iteration"], *(entry[name] for name in names)] for entry in rows],
+    )
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as given:
+        write_atomically(
+            target,
+            lambda file: shutil.copyfileobj(given, file, 2**24),
+            size=source.stat().st_size,
+        )
 
 
 def _remove(folder: Path) -> bool:

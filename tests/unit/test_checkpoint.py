@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pipeline import disk
-from pipeline.disk import FORMAT, write_atomically
+from pipeline.disk import FORMAT
 from pipeline.models.weights import read_file
 from pipeline.training import state as state_module
 from pipeline.training.checkpoint import Checkpoint, build_checkpoint, fill, load_checkpoint, save
@@ -96,21 +96,6 @@ def test_a_checkpoint_is_a_copy_that_training_on_does_not_change():
     assert not torch.equal(checkpoint["model"]["0.weight"], model.state_dict()["0.weight"])
     moments = [c["optimizer"]["state"][0]["exp_avg"] for c in (checkpoint, before)]
     assert torch.equal(*moments)
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path):
-    path = tmp_path / "deep" / "a.pt"
-    write_atomically(path, lambda file: file.write(b"old"))
-
-    def fail(file: object) -> None:
-        file.write(b"half of the n")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert path.read_bytes() == b"old"
-    write_atomically(path, lambda file: file.write(b"new"))
-    assert [(one.name, one.read_bytes()) for one in path.parent.iterdir()] == [("a.pt", b"new")]
 
 
 class Payload:
@@ -265,23 +250,6 @@ def test_a_state_comes_back_as_it_was_saved(states: Path):
     assert content["means"] == {"since": 1, "sums": {"a": 0.5}}
     assert torch.equal(checkpoint["model"]["0.weight"], made(4, None)["model"]["0.weight"])
     assert state.folder == states / "f"
-
-
-def test_the_best_checkpoint_is_kept_until_there_is_a_better_one(states: Path):
-    state = State("f")
-
-    def bests() -> list[str]:
-        return sorted(path.name for path in state.folder.glob("best-*"))
-
-    with state.locked():
-        state.save_best(made(4, 4))
-        state.save(saved(made(4, 4)))
-        state.save(saved(made(6, 4)))
-        assert bests() == ["best-4.pt"]
-        state.save_best(made(8, 8))
-        assert bests() == ["best-4.pt", "best-8.pt"]  # a kill now loses neither
-        state.save(saved(made(8, 8)))
-        assert bests() == ["best-8.pt"]
 
 
 def test_outputs_are_the_last_and_the_best_checkpoint_and_the_curves(states: Path, tmp_path: Path):
