@@ -51,6 +51,12 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Part(Section):
+    """A section, or the whole file, of which some keys are needed here and others are nobody's."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
 class Named(Section):
     """A section whose keys depend on what its `name` chooses, such as a head of a network."""
 

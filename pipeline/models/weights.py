@@ -99,9 +99,13 @@ def _wrong_in(content: dict[str, Any]) -> str:
         weights = content.get(name, {})
         if not isinstance(weights, dict) or not all(map(_is_weight, weights.items())):
             return f"{name} is no dict of weights"
-    for name in ("optimizer", "params"):
-        if not isinstance(content.get(name, {}), dict):
-            return f"{name} is no dict"
+    if not isinstance(content.get("optimizer", {}), dict):
+        return "optimizer is no dict"
+    sections = content["params"]
+    if not isinstance(sections, dict) or not all(
+        isinstance(one, dict) for one in sections.values()
+    ):
+        return "params is no dict of sections"
     for name in ("format", "iteration"):
         if type(content.get(name, 0)) is not int:
             return f"{name} is no whole number"
@@ -312,9 +316,9 @@ def _is_weight(entry: tuple[Any, Any]) -> bool:
 
 def network_of(content: dict[str, Any]) -> str:
     """Which network a checkpoint of ours says that it is; empty where it does not say."""
-    model: Any = content["params"].get("model")
-    parts = [model.get(part) for part in ("head", "backbone")] if isinstance(model, Mapping) else []
-    names = [part.get("name") for part in parts if isinstance(part, Mapping)]
+    model = content["params"].get("model", {})
+    parts = [model.get(part) for part in ("head", "backbone")]
+    names = [part.get("name") for part in parts if isinstance(part, dict)]
     return f"a {names[0]} on {names[1]}" if len(names) == 2 else ""
 
 

@@ -194,6 +194,8 @@ def mutate(rng: random.Random, clean: Path, path: Path, trap: Path) -> str:
 
 def _disturbed(rng: random.Random, content: bytes) -> bytes:
     """Bytes flipped, put in, taken out or cut off: most where the structure stands."""
+    if not content:
+        return content
     ends = [min(12000, len(content)), len(content)]
     start = rng.randrange(ends[rng.random() < 0.4])
     if rng.random() < 0.3:
