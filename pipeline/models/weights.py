@@ -23,6 +23,7 @@ from torch import Tensor
 from pipeline.errors import InputError
 from pipeline.models.eomt_names import from_eomt
 from pipeline.models.mmseg import from_mmseg
+from pipeline.params import brief
 
 OWN = {"model", "params"}  # by these a file is one of ours
 DESCRIPTION = "instep"  # the metadata of our safetensors: several keys would change their order
@@ -191,7 +192,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are about torch
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different kind for each way of being broken
         if found := re.search(r"\bGLOBAL (\S+)", str(error)):
             raise InputError(
@@ -200,6 +201,12 @@ def _read_pickle(path: Path) -> Any:
                 "save its state_dict alone, where it was made"
             ) from None
         raise InputError(f"{path}: {UNSAFE}: {_reason(error)}") from error
+    if begin != ZIP and isinstance(content, dict) and is_own(content):
+        raise InputError(
+            f"{path}: not a checkpoint that this tool wrote: it has the form of torch before 1.6, "
+            "which has no checksum"
+        )
+    return content
 
 
 def tensors_md5(tensors: Mapping[str, Tensor]) -> str:
@@ -319,7 +326,7 @@ def network_of(content: dict[str, Any]) -> str:
     model = content["params"].get("model", {})
     parts = [model.get(part) for part in ("head", "backbone")]
     names = [part.get("name") for part in parts if isinstance(part, dict)]
-    return f"a {names[0]} on {names[1]}" if len(names) == 2 else ""
+    return f"a {brief(str(names[0]))} on {brief(str(names[1]))}" if len(names) == 2 else ""
 
 
 def classes_of(content: dict[str, Any]) -> list[str]:

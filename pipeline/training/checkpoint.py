@@ -213,7 +213,7 @@ def fill(model: nn.Module, weights: dict[str, Tensor], source: str, strict: bool
 
 def _listed(wrong: list[str]) -> str:
     """Lines for a message; of very many a few of each kind, and all of them in a file."""
-    lines = [f"  {line}\n" for line in sorted(wrong)]
+    lines = [f"  {line if line.isprintable() else ascii(line)}\n" for line in sorted(wrong)]
     if len(lines) > LISTED:
         path = main_checkout() / ".dvc" / "tmp" / "instep-weights.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
