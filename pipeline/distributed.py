@@ -109,7 +109,10 @@ def check_devices(device: str, gpus: int, option: str = "train.") -> None:
     """
     there = torch.cuda.device_count()
     if device == "cuda" and not there:
-        raise InputError(f"{option}device: cuda, but this machine shows no GPU; use auto or cpu")
+        raise InputError(
+            f"{option}device: cuda and {option}gpus: {gpus}, but this machine shows 0 GPUs; use "
+            "auto or cpu"
+        )
     if device != "cpu" and 0 < there < gpus:
         raise InputError(
             f"{option}gpus: {gpus}, but this machine shows {there}; use at most {there}, or "

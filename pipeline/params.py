@@ -7,7 +7,8 @@ together.
 import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -19,18 +20,41 @@ from pipeline.yaml12 import read_yaml
 Probability = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-Above0 = Annotated[float, Field(gt=0)]
-AtLeast0 = Annotated[float, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Size = tuple[Positive, Positive]
+# The ends are far beyond what anyone means: who gets there has mistyped, and would learn it from a
+# network of NaN or a machine without memory.
+Above0 = Annotated[float, Field(gt=0, le=1e6)]
+AtLeast0 = Annotated[float, Field(ge=0, le=1e6)]
+Ratio = Annotated[float, Field(ge=0.01, le=100)]  # to an image's size
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Batch = Annotated[int, Field(ge=1, le=65536)]  # images
+Width = Annotated[int, Field(ge=1, le=16384)]  # of a layer, in channels
+Points = Annotated[int, Field(ge=1, le=10**6)]  # of an image, at which something is computed
+Few = Annotated[int, Field(ge=1, le=1024)]  # layers, processes, the sides of small maps
+Side = Annotated[int, Field(ge=1, le=65536)]  # of an image, in pixels
+Size = tuple[Side, Side]
 Grey = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Grey, Grey, Grey]
+
+LISTED = 20  # findings of a file
+LONGEST = 1000  # characters of a text
+SHOWN = 60  # characters of what was given
+# What no screen, page or metric's name can show: control characters, halves of characters, what
+# separates lines, and what turns the text around it.
+UNSEEN = ("Cc", "Cs", "Zl", "Zp")
+TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 class Section(BaseModel):
     """A part of params.yaml. Nothing is converted: `two` is no number and `1` is no boolean."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Part(Section):
+    """A section, or the whole file, of which some keys are needed here and others are nobody's."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
 class Named(Section):
@@ -80,7 +104,7 @@ def choose(table: Mapping[str, type[N]], given: Any, also: str = "") -> N:
     for key in given.keys() - own.keys():
         others = [other for other, section in table.items() if key in section.model_fields]
         hint = f"it belongs to {', '.join(others)}" if others else ""
-        raise InputError(f"{name} has no parameter {key}; {hint or _did_you_mean(key, own)}")
+        raise InputError(f"{name} has no parameter {brief(key)}; {hint or _did_you_mean(key, own)}")
     return table[name].model_validate_json(json.dumps(given))
 
 
@@ -94,18 +118,48 @@ def read_section(root: type[S], path: Path = Path("params.yaml")) -> S:
     document = read_yaml(path)
     if not isinstance(document, dict):
         raise InputError(f"{path}: must hold the sections {', '.join(root.model_fields)}")
+    if unseen := [*_unseen(document)]:
+        raise InputError(_refusal(path, unseen[:LISTED], len(unseen)))
     try:
         return root.model_validate_json(json.dumps(document))
     except ValidationError as error:
-        findings = [f"  {_explain(root, finding)}" for finding in error.errors()]
-        raise InputError("\n".join([f"{path} can't be used:", *findings])) from None
-    except TypeError as error:  # a key or value that JSON has no word for
-        raise InputError(f"{path} can't be used: {error}") from None
+        findings = [_explain(root, finding) for finding in error.errors()[:LISTED]]
+        raise InputError(_refusal(path, findings, error.error_count())) from None
+
+
+def _refusal(path: Path, findings: Sequence[str], total: int) -> str:
+    lines = [f"  {finding}" for finding in findings]
+    more = [f"  ... and {total - len(lines)} more"] if total > len(lines) else []
+    return "\n".join([f"{path} can't be used:", *lines, *more])
+
+
+def _unseen(given: Any, name: str = "") -> Iterator[str]:
+    """What is wrong with texts, names included, that are too long or that can't be shown."""
+    if isinstance(given, dict):
+        for key, value in given.items():
+            wrong = [*_unseen(key, f"{name or 'params'}: a name in it")]
+            yield from wrong or _unseen(value, f"{name}.{key}".removeprefix("."))
+    elif isinstance(given, list):
+        for place, value in enumerate(given):
+            yield from _unseen(value, f"{name}.{place}")
+    elif isinstance(given, str):
+        hidden = [one for one in given if unicodedata.category(one) in UNSEEN or one in TURNING]
+        if hidden:
+            yield f"{name}: {brief(given)} holds {hidden[0]!a}, which can't be shown"
+        elif len(given) > LONGEST:
+            yield f"{name}: {brief(given)} has {len(given)} characters; use at most {LONGEST}"
+
+
+def brief(text: str) -> str:
+    """The text or its beginning, in ASCII where a screen would not show it."""
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def _explain(root: type[Section], finding: Any) -> str:
-    name = ".".join(str(part) for part in finding["loc"]) or "params"
-    given = json.dumps(finding["input"]) if not isinstance(finding["input"], dict) else ""
+    name = ".".join(brief(str(part)) for part in finding["loc"]) or "params"
+    text = brief(json.dumps(finding["input"], ensure_ascii=False))
+    given = "" if isinstance(finding["input"], dict) else text
     match finding["type"]:
         case "extra_forbidden":
             return f"{name}: no such parameter{_nearest(root, finding['loc'])}"

@@ -105,9 +105,10 @@ def changed_params(sections: dict[str, Any]) -> dict[str, Any]:
     if committed is None:
         return {}
     try:
-        before = flatten(parse_yaml(committed, PARAMS))
+        document = parse_yaml(committed, PARAMS)
     except InputError:
         return {}
+    before = flatten(document) if isinstance(document, dict) else {}
     return {
         name: value
         for name, value in flatten(sections).items()

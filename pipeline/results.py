@@ -127,7 +127,7 @@ def _work_dir(name: str, files: Any) -> str:
     try:
         text = files.read_text("params.yaml", encoding="utf-8")
         return str(parse_yaml(text, f"params.yaml of {name}")["train"]["work_dir"])
-    except (FileNotFoundError, KeyError, TypeError):
+    except (FileNotFoundError, KeyError, TypeError, UnicodeDecodeError):
         raise InputError(f"{name}: its params.yaml is missing or names no train.work_dir") from None
 
 

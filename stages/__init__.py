@@ -10,6 +10,7 @@ import ctypes
 import gc
 import os
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,14 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def at_least_1(text: str) -> int:
+    """An option's whole number, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ArgumentTypeError(f"{number}, and it must be at least 1")
+    return number
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -1,20 +1,32 @@
 """Stage 5: fail where the result is worse than a baseline's, beyond what other images explain."""
 
 from pathlib import Path
+from typing import Any
 
 from pipeline.disk import write_text
 from pipeline.errors import InputError
 from pipeline.evaluation.comparison import compare, gather, worse
-from pipeline.yaml12 import read_yaml
+from pipeline.params import Part, read_section
 from stages import run_main
+
+
+class _Train(Part):
+    work_dir: str
+
+
+class _Given(Part):
+    """What this stage needs of params.yaml where no gate is set."""
+
+    gate: Any
+    train: _Train
 
 
 def main() -> None:
     """Say in evaluation/gate.txt why the result passes, so that DVC knows that it does."""
-    given = read_yaml(Path("params.yaml"))
-    said = "no gate is set, so every result passes" if given.get("gate") is None else judge()
+    given = read_section(_Given)
+    said = "no gate is set, so every result passes" if given.gate is None else judge()
     print(said)
-    path = Path(given["train"]["work_dir"]) / "evaluation" / "gate.txt"
+    path = Path(given.train.work_dir) / "evaluation" / "gate.txt"
     write_text(path, said + "\n")
 
 

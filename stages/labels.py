@@ -19,7 +19,7 @@ from pipeline.pages.labels import Suspect, labels_page, pictures
 from pipeline.prediction.labels import Doubt, judge, ranked
 from pipeline.prediction.model import Model, load_model
 from pipeline.results import WORKSPACE, find, find_model
-from stages import run_main
+from stages import at_least_1, run_main
 
 COLUMNS = ("quality", "unlikely share", "pixels", "left", "top", "width", "height")
 
@@ -42,7 +42,7 @@ def main() -> None:
         "--out", type=Path, default=Path("labels.html"), help="the page; %(default)s"
     )
     parser.add_argument(
-        "--shown", type=int, default=24, metavar="N", help="images on the page; %(default)s"
+        "--shown", type=at_least_1, default=24, metavar="N", help="images on the page; %(default)s"
     )
     options = parser.parse_args()
     params, store = load_params(), Store(PREPARED)
@@ -60,6 +60,7 @@ def main() -> None:
         for image, model in tqdm(models.items(), desc="judge", disable=None)
     ]
     listed = ranked(doubts)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_table(options.out.with_suffix(".csv"), listed)
     suspects = [
         show(image, models[image], held[image], store) for image, _ in listed[: options.shown]

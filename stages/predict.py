@@ -15,7 +15,7 @@ from pipeline.experiment import load_params
 from pipeline.prediction.batch import Folder, find_photographs, predict_files
 from pipeline.prediction.model import load_model
 from pipeline.results import WORKSPACE, find_model
-from stages import run_main
+from stages import at_least_1, run_main
 
 
 def main() -> None:
@@ -72,9 +72,11 @@ def parser() -> argparse.ArgumentParser:
     )
     own.add_argument("--flip", action="store_true", help="average over the mirrored image, too")
     own.add_argument(
-        "--batch-size", type=int, default=1, metavar="N", help="images of one size at once"
+        "--batch-size", type=at_least_1, default=1, metavar="N", help="images of one size at once"
     )
-    own.add_argument("--gpus", type=int, default=1, metavar="N", help="processes, a GPU each")
+    own.add_argument(
+        "--gpus", type=at_least_1, default=1, metavar="N", help="processes, a GPU each"
+    )
     own.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     return own
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import YAMLError
 
 from pipeline.comments import rewrite
 from pipeline.errors import InputError
@@ -116,7 +117,10 @@ def rewritten(path: Path, values: dict[str, Any]) -> str:
                 document[name] = {}
             merge(document[name], section, name if name in WHOLE else None)
 
-    return rewrite(path, change)
+    try:
+        return rewrite(path, change)
+    except YAMLError as error:
+        raise InputError(f"{path} can't be changed: {' '.join(str(error).split())}") from None
 
 
 def merge(section: Any, values: dict[str, Any], whole: str | None = None) -> None:

@@ -3,7 +3,7 @@
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.data.store import PREPARED, SUMMARY, Store
 from pipeline.disk import check_format, write_text
@@ -11,16 +11,31 @@ from pipeline.evaluation.per_image import PER_IMAGE, PerImage
 from pipeline.evaluation.reliability import CALIBRATION
 from pipeline.evaluation.report import Masks
 from pipeline.pages.report import Evaluation, report_page
-from pipeline.params import flatten
+from pipeline.params import Part, flatten, read_section
 from pipeline.provenance import Identity, git_tags, read_identity, rebuild_commands
-from pipeline.yaml12 import read_yaml
 from stages import run_main
+
+
+class _Train(Part):
+    work_dir: str
+
+
+class _Evaluation(Part):
+    split: Literal["val", "test"]
+
+
+class _Given(Part):
+    """What this stage needs of params.yaml, for which it does not import torch."""
+
+    data: dict[str, Any]
+    train: _Train
+    evaluation: _Evaluation
 
 
 def main() -> None:
     """Gather what the stages have left, and write work_dir/report.html."""
-    given = read_yaml(Path("params.yaml"))
-    work_dir, name = Path(given["train"]["work_dir"]), given["evaluation"]["split"]
+    given = read_section(_Given)
+    work_dir, name = Path(given.train.work_dir), given.evaluation.split
     store = Store(PREPARED)
     calibration = read_json(work_dir / CALIBRATION)
     check_format(calibration, work_dir / CALIBRATION, "run `dvc repro -f evaluate`")
@@ -36,7 +51,7 @@ def main() -> None:
         train=read_curve(work_dir / "train.tsv"),
         val=read_curve(work_dir / "val.tsv"),
         mask=Masks(work_dir, store.split(name), store.palette).read,
-        params=flatten({"data": given["data"], **per_image.origin["params"]}),
+        params=flatten({"data": given.data, **per_image.origin["params"]}),
         lineage=lineage(read_identity(work_dir / "run.json"), store, tags),
         commands=rebuild_commands(tags),
     )

@@ -11,7 +11,7 @@ from pipeline.provenance import first_of
 from pipeline.reproduction import commands, verify
 from pipeline.results import ambiguous, runs_called
 from pipeline.tracking import INTERVAL_TAG, TrackedRun, find_runs
-from stages import run_main
+from stages import at_least_1, run_main
 
 NAMED = 4  # differing parameters in a line
 SECTIONS = ("test", "val_final")  # where the score of an evaluation stands
@@ -32,7 +32,11 @@ def main() -> None:
         help="train the first iterations of a run in a temporary clone, and compare the weights",
     )
     parser.add_argument(
-        "--until", type=int, default=10, metavar="K", help="iterations to verify; %(default)s"
+        "--until",
+        type=at_least_1,
+        default=10,
+        metavar="K",
+        help="iterations to verify; %(default)s",
     )
     parser.add_argument(
         "--code",

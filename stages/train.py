@@ -51,7 +51,7 @@ from pipeline.training.state import (
     train_fingerprint,
     training_code,
 )
-from stages import keep_freed_memory, run_main
+from stages import at_least_1, keep_freed_memory, run_main
 
 log = logging.getLogger("instep")
 
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.train", description=__doc__)
     parser.add_argument(
         "--until",
-        type=int,
+        type=at_least_1,
         metavar="K",
         help="only train the first K iterations, and print the md5 of the weights after 1, 10, ... "
         "and K of them: nothing is tracked, and no output written",
@@ -220,7 +220,7 @@ def starting_point(params: Params, state: State) -> tuple[Checkpoint | None, Pro
     elif options.resume_from:
         path, *best = start_files(options)
         checkpoint = load_checkpoint(path)
-        trained = checkpoint["params"]["train"]["optimizer"]
+        trained = checkpoint["params"].get("train", {}).get("optimizer")
         if trained != options.optimizer:
             raise InputError(
                 f"train.resume_from: {path} was trained by {trained}, not {options.optimizer}; "

@@ -64,7 +64,11 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
     reader = params.reader()
     records, problems = reader.records()
     if folder.exists():
-        shutil.rmtree(folder)
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            error.filename = str(folder)  # it has a name without its folder
+            raise
     folder.mkdir(parents=True)
     jobs, total = [], 0
     for split in SPLITS:

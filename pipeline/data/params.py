@@ -1,5 +1,6 @@
 """The section `data` of params.yaml: what `prepare` reads and what it is called."""
 
+import unicodedata
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,6 +58,16 @@ class DataParams(Section):
 
     @model_validator(mode="after")
     def _classes_agree(self) -> Self:
+        first: dict[str, str] = {}
+        for name in self.classes:
+            if not name.strip() or name != name.strip():
+                raise InputError(f"classes: {name!r} is empty, or begins or ends with a blank")
+            other = first.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
+            if other != name:
+                raise InputError(
+                    f"classes: {other!r} and {name!r} look alike, and some stores of MLflow take "
+                    "them for one; give one of them another name"
+                )
         if len(set(self.classes)) != len(self.classes):
             raise InputError("classes: every name must stand once")
         if len(self.palette) != len(self.classes):

@@ -29,9 +29,9 @@ class SplitsParams(Section):
     source: Literal["given", "drawn", "files"] = "given"
     val: Fraction = 0.15
     test: Fraction = 0.15
-    seed: int = Field(ge=0, default=0)
+    seed: int = Field(ge=0, lt=2**32, default=0)
     group_by: str | None = None
-    folds: Annotated[int, Field(ge=2)] | None = None
+    folds: Annotated[int, Field(ge=2, le=1024)] | None = None
     fold: int = Field(ge=0, default=0)
 
     @property

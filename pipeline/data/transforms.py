@@ -6,7 +6,7 @@ PhotoMetricDistortion: https://github.com/open-mmlab/mmsegmentation
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import cv2
 import numpy as np
@@ -15,7 +15,9 @@ from pydantic import Field, field_validator
 
 from pipeline.data.store import Array
 from pipeline.errors import InputError
-from pipeline.params import Probability, Section, Size
+from pipeline.params import Probability, Ratio, Section, Size
+
+Crop = Annotated[int, Field(ge=4, le=16384)]  # the side of a sample, in pixels
 
 
 class FlipParams(Section):
@@ -33,9 +35,9 @@ class AugmentationParams(Section):
     fills more than `cat_max_ratio` is drawn again.
     """
 
-    crop_size: Size
+    crop_size: tuple[Crop, Crop]
     scale: Size | None = None
-    ratio_range: tuple[float, float] = (0.5, 2.0)
+    ratio_range: tuple[Ratio, Ratio] = (0.5, 2.0)
     cat_max_ratio: float = Field(gt=0, le=1, default=0.75)
     flip: FlipParams = FlipParams()
     photometric: bool = True
@@ -43,8 +45,8 @@ class AugmentationParams(Section):
     @field_validator("ratio_range")
     @classmethod
     def _is_a_range(cls, ratios: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < ratios[0] <= ratios[1]:
-            raise InputError(f"must be [low, high] with 0 < low <= high, not {list(ratios)}")
+        if not ratios[0] <= ratios[1]:
+            raise InputError(f"must be [low, high] with low <= high, not {list(ratios)}")
         return ratios
 
 

@@ -18,7 +18,7 @@ from pipeline.errors import InputError
 from pipeline.evaluation.metrics import ImageAreas, Matrix, confusion_matrix, image_areas
 from pipeline.models.layers import bands, resized_band, taps
 from pipeline.models.network import Network
-from pipeline.params import Above0, Positive, Section, Size
+from pipeline.params import Batch, Positive, Ratio, Section, Size
 from pipeline.precision import Normalization, Precision
 
 PIXELS = 4096  # of an image, at most, at which it is asked how sure a network is
@@ -33,9 +33,9 @@ class EvaluationParams(Section):
     crop: Size
     stride: Size
     split: Literal["val", "test"]
-    scales: tuple[Above0, ...] = Field(min_length=1)
+    scales: tuple[Ratio, ...] = Field(min_length=1, max_length=64)
     flip: bool
-    batch_size: Positive
+    batch_size: Batch
     baseline: Literal["colour_rule"] | None
 
     @property

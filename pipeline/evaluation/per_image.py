@@ -122,11 +122,15 @@ class PerImage:
             with np.load(io.BytesIO(content)) as file:
                 arrays = dict(file)
             origin = json.loads(str(arrays.pop("origin")))
-        except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error) as error:
+            check_format(dict(origin), path, "evaluate anew")
+            del origin["format"]
+            return cls(origin=origin, **arrays)
+        except InputError:
+            raise
+        except (
+            *(OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile, zlib.error),
+        ) as error:
             raise InputError(f"{path}: not the results of an evaluation ({error})") from None
-        check_format(origin, path, "evaluate anew")
-        del origin["format"]
-        return cls(origin=origin, **arrays)
 
 
 def _summed(places: Matrix, pixels: Matrix, shape: tuple[int, int]) -> Matrix:

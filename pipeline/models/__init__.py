@@ -1,8 +1,8 @@
 """Networks by the name of their head. A new head is a file beside this one and a line in HEADS."""
 
-from typing import Any, Protocol, Self
+from typing import Annotated, Any, Protocol, Self
 
-from pydantic import SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from pipeline.models.backbones import BackboneParams
 from pipeline.models.deeplabv3 import DeepLabV3Head
@@ -19,7 +19,7 @@ from pipeline.models.segformer import SegFormerHead
 from pipeline.models.semantic_fpn import SemanticFPNHead
 from pipeline.models.unet import UNetHead
 from pipeline.models.upernet import UPerHead
-from pipeline.params import Above0, Named, Section, choose
+from pipeline.params import Named, Section, choose
 
 
 class Architecture(Protocol):
@@ -56,6 +56,10 @@ HEADS: dict[str, Architecture] = {
 }
 
 
+Level = Annotated[float, Field(ge=0, le=255)]  # of grey
+Spread = Annotated[float, Field(ge=0.01, le=10000)]  # of grey levels
+
+
 class ModelParams(Section):
     """The section `model`: the network, what it learns by, and what normalises its images.
 
@@ -66,8 +70,8 @@ class ModelParams(Section):
     head: SerializeAsAny[Named]
     backbone: BackboneParams
     loss: LossParams | None = None
-    mean: tuple[float, float, float]
-    std: tuple[Above0, Above0, Above0]
+    mean: tuple[Level, Level, Level]
+    std: tuple[Spread, Spread, Spread]
 
     @field_validator("head", mode="before")
     @classmethod

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import InputError
 from pipeline.models import vit
-from pipeline.models.weights import backbone_weights, read_file
+from pipeline.models.weights import MALFORMED, backbone_weights, read_file
 from pipeline.params import Fraction, Section, main_checkout, one_of
 
 # Ours -> timm's, where they differ. The published EfficientNet-Lite weights are TensorFlow's, whose
@@ -251,7 +251,12 @@ def _weights_of_file(path: Path) -> dict[str, Tensor]:
 def _load(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load what a feature extractor has of a classifier's weights, timm's or OpenMMLab's."""
     if isinstance(backbone, vit.ViT):
-        weights = backbone.translated(weights)
+        try:
+            weights = backbone.translated(weights)
+        except MALFORMED as error:
+            raise InputError(
+                f"model.backbone.pretrained: not weights of this backbone: {error!r}"
+            ) from error
     own = backbone.state_dict()
     # The counts of batches, which some files lack, change nothing.
     needed = {name: value for name, value in own.items() if "num_batches_tracked" not in name}

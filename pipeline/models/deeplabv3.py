@@ -5,14 +5,14 @@ from torch import Tensor, nn
 
 from pipeline.models.layers import AveragePool, ConvModule, JoiningConv
 from pipeline.models.segmenter import Classifier, HeadParams
-from pipeline.params import Positive
+from pipeline.params import Few, Width
 
 
 class DeepLabV3Params(HeadParams):
     """`dilations` are those of the parallel convolutions, all of them `channels` wide."""
 
-    channels: Positive = 512
-    dilations: tuple[Positive, ...] = Field(min_length=1, default=(1, 12, 24, 36))
+    channels: Width = 512
+    dilations: tuple[Few, ...] = Field(min_length=1, max_length=64, default=(1, 12, 24, 36))
 
     @property
     def pools_to_one(self) -> bool:

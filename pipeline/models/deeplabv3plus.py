@@ -5,13 +5,13 @@ from torch import Tensor, nn
 
 from pipeline.models.deeplabv3 import DeepLabV3Head, DeepLabV3Params
 from pipeline.models.layers import ConvModule, SeparableConvModule, resize
-from pipeline.params import Positive
+from pipeline.params import Width
 
 
 class DeepLabV3PlusParams(DeepLabV3Params):
     """`low_level_channels` are what the features of stride 4 are reduced to."""
 
-    low_level_channels: Positive = 48
+    low_level_channels: Width = 48
 
 
 class DeepLabV3PlusHead(DeepLabV3Head):

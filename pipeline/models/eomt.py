@@ -19,7 +19,7 @@ from pipeline.models.losses import LossParams
 from pipeline.models.network import Labels, Network
 from pipeline.models.set_loss import Prediction, SetLoss, SetLossParams
 from pipeline.models.vit import PATCH, VITS, ViT
-from pipeline.params import Positive, Probability, one_of
+from pipeline.params import Few, Probability, Width, one_of
 
 POWER = 0.9  # of the annealing's polynomial
 STRIDE = 4  # of the masks
@@ -34,8 +34,8 @@ class EoMTParams(SetLossParams):
     first to the second number of `annealing`, a pair for each block. Null: the published intervals.
     """
 
-    num_queries: Positive = 100
-    num_blocks: Positive = 4
+    num_queries: Width = 100
+    num_blocks: Few = 4
     annealing: tuple[tuple[Probability, Probability], ...] | None = None
 
     @model_validator(mode="after")

@@ -5,14 +5,14 @@ from torch import Tensor, nn
 
 from pipeline.models.layers import ConvModule
 from pipeline.models.segmenter import Classifier, HeadParams
-from pipeline.params import Positive
+from pipeline.params import Few, Width
 
 
 class FCNParams(HeadParams):
     """`convs` convolutions, `channels` wide."""
 
-    channels: Positive = 512
-    convs: Positive = 2
+    channels: Width = 512
+    convs: Few = 2
 
 
 class FCNHead(Classifier):

@@ -1,8 +1,10 @@
 """The networks of segmentation_models_pytorch, https://smp.readthedocs.io, under our contract."""
 
 import copy
-from typing import ClassVar
+import warnings
+from typing import Any, ClassVar
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -12,9 +14,10 @@ from pipeline.models.layers import AveragePool
 from pipeline.models.losses import LossParams
 from pipeline.models.network import Labels
 from pipeline.models.segmenter import MapNetwork, Output
-from pipeline.params import Named, nearest
+from pipeline.params import Named, nearest, one_of
 
 LIBRARY = "smp."  # what the names of its networks begin with here
+TIMM = "tu-"  # what the library's names of timm's networks begin with
 
 
 class LibraryModel(MapNetwork):
@@ -39,10 +42,10 @@ class LibraryModel(MapNetwork):
 
     @staticmethod
     def check(head: Named, backbone: BackboneParams, loss: LossParams | None) -> None:
-        """Refuse what only our own backbones have.
+        """Refuse what only our own backbones have, and what the library has not.
 
         Raises:
-            InputError: names the keys.
+            InputError: names the keys, or the nearest name that there is.
         """
         own = backbone.model_fields_set - {"name", "pretrained"}
         changed = [
@@ -54,6 +57,15 @@ class LibraryModel(MapNetwork):
             raise InputError(
                 f"{', '.join(changed)}: a network of {LIBRARY}* has its own; leave them out"
             )
+        check_names(head.name, backbone)
+        try:
+            with torch.device("meta"), warnings.catch_warnings():  # without memory for its weights
+                warnings.simplefilter("ignore")
+                architectures()[head.name](backbone.name, encoder_weights=None, classes=2)
+        except RuntimeError:
+            pass  # an encoder that asks for a value: it is built, and heard, in training
+        except (KeyError, NotImplementedError, ValueError) as error:
+            raise InputError(f"{head.name} with the encoder {backbone.name}: {error}") from error
 
     @classmethod
     def check_batch(cls, head: Named, microbatch: int, crop_size: tuple[int, int]) -> None:
@@ -86,22 +98,12 @@ class LibraryModel(MapNetwork):
 
 def build_network(name: str, backbone: BackboneParams, num_classes: int) -> nn.Module:
     """The library's network as it is, but for pooling, which becomes deterministic on a GPU."""
-    import segmentation_models_pytorch as smp
-
-    architectures = {one.__name__: one for one in smp.MODEL_ARCHITECTURES_MAPPING.values()}
-    architecture, encoder = name.removeprefix(LIBRARY), backbone.name
-    if architecture not in architectures:
-        raise InputError(
-            f"model.head.name: segmentation_models_pytorch has no {architecture}; did you mean "
-            f"{LIBRARY}{nearest(architecture, architectures)}? It has "
-            f"{', '.join(sorted(architectures))}"
-        )
     try:
-        network: nn.Module = architectures[architecture](
-            encoder, encoder_weights=backbone.pretrained, classes=num_classes
+        network: nn.Module = architectures()[name](
+            backbone.name, encoder_weights=backbone.pretrained, classes=num_classes
         )
     except (KeyError, OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"model: {name} with the encoder {encoder}: {error}") from error
+        raise InputError(f"model: {name} with the encoder {backbone.name}: {error}") from error
     for parent in list(network.modules()):
         for own, child in parent.named_children():
             if isinstance(child, nn.AdaptiveAvgPool2d):
@@ -109,6 +111,45 @@ def build_network(name: str, backbone: BackboneParams, num_classes: int) -> nn.M
                     case int(bins) | (int(bins), _):  # it pools to squares
                         setattr(parent, own, AveragePool(bins))
     return network
+
+
+def architectures() -> dict[str, Any]:
+    """The library's architectures, by our names."""
+    import segmentation_models_pytorch as smp  # only where it is asked for
+
+    return {LIBRARY + one.__name__: one for one in smp.MODEL_ARCHITECTURES_MAPPING.values()}
+
+
+def check_names(name: str, backbone: BackboneParams) -> None:
+    """Refuse an architecture, an encoder or weights that the library does not have.
+
+    Raises:
+        InputError: names the key and the nearest that there is.
+    """
+    from segmentation_models_pytorch.encoders import encoders
+
+    one_of("head.name", name, architectures())
+    encoder, weights = backbone.name, backbone.pretrained
+    of_timm = encoder.removeprefix(TIMM)
+    if encoder.startswith(TIMM):
+        if not timm.is_model(of_timm):
+            near = nearest(of_timm, timm.list_models())
+            raise InputError(
+                f"backbone.name {encoder!r}: timm has no {of_timm}; did you mean {TIMM}{near}?"
+            )
+        try:
+            config = timm.get_pretrained_cfg(of_timm)
+        except RuntimeError as error:  # of what stands behind the dot
+            raise InputError(f"backbone.name {encoder!r}: {error}") from error
+        offered = ["imagenet"] if config and config.has_weights else []
+    else:
+        one_of("backbone.name", encoder, encoders, f", or {TIMM} and a name of timm's")
+        offered = [*encoders[encoder]["pretrained_settings"]]
+    if weights is not None and weights not in offered:
+        raise InputError(
+            f"backbone.pretrained: {LIBRARY}* has no weights {weights!r} of {encoder}; use "
+            f"{' or '.join([*offered, 'null'])}"
+        )
 
 
 def _try_out(model: LibraryModel, what: str) -> None:

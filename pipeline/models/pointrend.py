@@ -13,7 +13,7 @@ from pipeline.models.keyed import Keyed
 from pipeline.models.layers import resize
 from pipeline.models.segmenter import Head, Output
 from pipeline.models.semantic_fpn import CHANNELS, FPN, SemanticFPNHead, SemanticFPNParams
-from pipeline.params import Fraction, Positive, Probability
+from pipeline.params import Fraction, Points, Probability, Width
 
 
 class PointRendParams(SemanticFPNParams):
@@ -25,12 +25,12 @@ class PointRendParams(SemanticFPNParams):
     """
 
     dropout: Fraction = 0.0
-    point_channels: Positive = 256
-    train_points: Positive = 2048
-    oversample_ratio: float = Field(ge=1, default=3)
+    point_channels: Width = 256
+    train_points: Points = 2048
+    oversample_ratio: float = Field(ge=1, le=100, default=3)
     importance_ratio: Probability = 0.75
-    subdivision_steps: int = Field(ge=0, default=2)
-    subdivision_points: Positive = 8196
+    subdivision_steps: int = Field(ge=0, le=10, default=2)
+    subdivision_points: Points = 8196
 
 
 class PointRendHead(Head, nn.ModuleList):

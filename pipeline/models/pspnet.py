@@ -5,14 +5,14 @@ from torch import Tensor
 
 from pipeline.models.layers import JoiningConv, PyramidPooling
 from pipeline.models.segmenter import Classifier, HeadParams
-from pipeline.params import Positive
+from pipeline.params import Few, Width
 
 
 class PyramidParams(HeadParams):
     """`pool_scales` are the sides of the pooled maps in pixels, each `channels` wide."""
 
-    channels: Positive = 512
-    pool_scales: tuple[Positive, ...] = Field(min_length=1, default=(1, 2, 3, 6))
+    channels: Width = 512
+    pool_scales: tuple[Few, ...] = Field(min_length=1, max_length=64, default=(1, 2, 3, 6))
 
     @property
     def pools_to_one(self) -> bool:

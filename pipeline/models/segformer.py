@@ -4,14 +4,14 @@ from torch import Tensor, nn
 
 from pipeline.models.layers import ConvModule, JoiningConv
 from pipeline.models.segmenter import Classifier, HeadParams
-from pipeline.params import AtLeast0, Positive
+from pipeline.params import AtLeast0, Width
 
 
 class SegFormerParams(HeadParams):
     """`channels` are those of each level and of the joined ones."""
 
     aux_weight: AtLeast0 = 0.0
-    channels: Positive = 256
+    channels: Width = 256
 
 
 class SegFormerHead(Classifier):

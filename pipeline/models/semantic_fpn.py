@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from pipeline.models.layers import ConvModule, resize
 from pipeline.models.segmenter import Classifier, HeadParams
-from pipeline.params import AtLeast0, Positive
+from pipeline.params import AtLeast0, Width
 
 CHANNELS = 256  # of every level of the pyramid
 
@@ -14,7 +14,7 @@ class SemanticFPNParams(HeadParams):
     """`channels` are those of the summed levels."""
 
     aux_weight: AtLeast0 = 0.0
-    channels: Positive = 128
+    channels: Width = 128
 
 
 class PlainConv(nn.Sequential):

@@ -16,7 +16,7 @@ from pipeline.errors import InputError
 from pipeline.models.keyed import uniform
 from pipeline.models.network import Labels
 from pipeline.models.pointrend import corners, sample
-from pipeline.params import Above0, AtLeast0, Named, Positive, Probability
+from pipeline.params import Above0, AtLeast0, Named, Points, Probability
 
 NOTHING = -100  # the label of a query that learns no class, not even that there is none
 
@@ -33,8 +33,8 @@ class SetLossParams(Named):
     mask_weight: AtLeast0 = 5.0
     dice_weight: AtLeast0 = 5.0
     no_object_weight: Above0 = 0.1
-    train_points: Positive = 12544
-    oversample_ratio: float = Field(ge=1, default=3.0)
+    train_points: Points = 12544
+    oversample_ratio: float = Field(ge=1, le=100, default=3.0)
     importance_ratio: Probability = 0.75
 
     @model_validator(mode="after")

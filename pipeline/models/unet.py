@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from pipeline.models.keyed import KeyedDropout
 from pipeline.models.segmenter import Head, HeadParams, Output
-from pipeline.params import AtLeast0, Fraction, Positive
+from pipeline.params import AtLeast0, Fraction, Width
 
 
 class UNetParams(HeadParams):
@@ -14,7 +14,7 @@ class UNetParams(HeadParams):
 
     dropout: Fraction = 0.0
     aux_weight: AtLeast0 = 0.0
-    channels: tuple[Positive, Positive, Positive, Positive, Positive] = (256, 128, 64, 32, 16)
+    channels: tuple[Width, Width, Width, Width, Width] = (256, 128, 64, 32, 16)
 
 
 class UNetHead(Head):

@@ -7,6 +7,7 @@ MMSegmentation and of EoMT, and bare state_dicts, such as timm's and OpenMMLab's
 import hashlib
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch import Tensor
 from pipeline.errors import InputError
 from pipeline.models.eomt_names import from_eomt
 from pipeline.models.mmseg import from_mmseg
+from pipeline.params import brief
 
 OWN = {"model", "params"}  # by these a file is one of ours
 DESCRIPTION = "instep"  # the metadata of our safetensors: several keys would change their order
@@ -30,6 +32,17 @@ FOLDER = 0x10  # of a part's attributes: torch would read nothing, and leave its
 UNSAFE = "not a checkpoint that can be loaded safely"
 ALTERED = "since it was written it has been altered, and has another checksum; copy or make it anew"
 BACKBONE = "backbone."
+# What reading and renaming raise, where the content of a file is of no form that is known.
+MALFORMED = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class Unread:
@@ -75,7 +88,38 @@ def read_file(path: Path) -> dict[str, Any]:
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
+    if is_own(content) and (wrong := _wrong_in(content)):
+        raise InputError(f"{path}: not a checkpoint that this tool wrote: {wrong}")
     return content
+
+
+def _wrong_in(content: dict[str, Any]) -> str:
+    """What a checkpoint or a model of ours can't have; it may come from anybody."""
+    for name in ("model", "ema"):
+        weights = content.get(name, {})
+        if not isinstance(weights, dict) or not all(map(_is_weight, weights.items())):
+            return f"{name} is no dict of weights"
+    if not isinstance(content.get("optimizer", {}), dict):
+        return "optimizer is no dict"
+    sections = content["params"]
+    if not isinstance(sections, dict) or not all(
+        isinstance(one, dict) for one in sections.values()
+    ):
+        return "params is no dict of sections"
+    for name in ("format", "iteration"):
+        if type(content.get(name, 0)) is not int:
+            return f"{name} is no whole number"
+    classes = content.get("classes", [])
+    if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
+        return "classes is no list of names"
+    best = content.get("best")
+    if best is not None and not (
+        isinstance(best, dict)
+        and type(best.get("iteration")) is int
+        and isinstance(best.get("mean_iou"), float)
+    ):
+        return "best is no iteration with its mean_iou"
+    return ""
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -104,7 +148,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except (SafetensorError, TypeError, ValueError, OSError) as error:
+    except (SafetensorError, OSError, *MALFORMED) as error:
         raise InputError(f"{path}: not a file of safetensors that can be read: {error}") from None
 
 
@@ -127,9 +171,11 @@ def require_whole(path: Path) -> None:
         raise InputError(f"{path}: {UNSAFE}: it is empty")
     try:
         with zipfile.ZipFile(path) as archive:
-            altered = archive.testzip() or any(
-                part.external_attr & FOLDER for part in archive.infolist()
-            )
+            parts = archive.infolist()
+            # torch.save compresses nothing; of what is, a few bytes could fill the memory.
+            compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+            altered = any(part.external_attr & FOLDER for part in parts)
+            altered = altered or compressed or archive.testzip() is not None
     except Exception as error:  # zipfile, too, has a kind for each way of being broken
         raise InputError(f"{path}: {UNSAFE}: it is cut off or broken ({error})") from None
     if altered:
@@ -143,8 +189,9 @@ def _read_pickle(path: Path) -> Any:
         require_whole(path)
     allowed: list[Any] = [(stand_in, name) for name, stand_in in STAND_INS.items()]
     try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are about torch
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different kind for each way of being broken
         if found := re.search(r"\bGLOBAL (\S+)", str(error)):
             raise InputError(
@@ -152,9 +199,13 @@ def _read_pickle(path: Path) -> Any:
                 "is neither a tensor nor plain data and could run code; if you trust the file, "
                 "save its state_dict alone, where it was made"
             ) from None
-        # torch's own message recommends to load the file unsafely; its cause does not.
-        reason = error.__context__ if isinstance(error, UnpicklingError) else error
-        raise InputError(f"{path}: {UNSAFE}: {reason or error}") from error
+        raise InputError(f"{path}: {UNSAFE}: {_reason(error)}") from error
+    if begin != ZIP and isinstance(content, dict) and is_own(content):
+        raise InputError(
+            f"{path}: not a checkpoint that this tool wrote: it has the form of torch before 1.6, "
+            "which has no checksum"
+        )
+    return content
 
 
 def tensors_md5(tensors: Mapping[str, Tensor]) -> str:
@@ -171,6 +222,14 @@ def model_md5(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> st
     """The checksum of a file of safetensors of ours: of its description and of its tensors."""
     parts = [described, tensors_md5(dict(sorted(tensors.items())))]
     return hashlib.md5(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    """Why torch can't read a file, in a line, without its advice to load the file unsafely."""
+    cause = (error.__context__ or error) if isinstance(error, UnpicklingError) else error
+    reason = str(cause).partition("\n")[0].partition(". ")[0]
+    advised = not reason or "weights_only" in reason
+    return f"{type(cause).__name__} where it is read" if advised else reason
 
 
 def is_own(content: dict[str, Any]) -> bool:
@@ -192,7 +251,7 @@ def weights_of(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """
     if is_own(content):
         return averaged(content)
-    return _under_our_names(_as_named_there(content, path))
+    return _under_our_names(_as_named_there(content, path), path)
 
 
 def backbone_weights(path: Path) -> dict[str, Tensor]:
@@ -204,7 +263,8 @@ def backbone_weights(path: Path) -> dict[str, Tensor]:
     content = read_file(path)
     given = weights_of(content, path)
     if not any(name.startswith(BACKBONE) for name in given):
-        given = _under_our_names({BACKBONE + name: weight for name, weight in given.items()})
+        own = {BACKBONE + name: weight for name, weight in given.items()}
+        given = _under_our_names(own, path)
     return {
         name.removeprefix(BACKBONE): weight
         for name, weight in given.items()
@@ -212,8 +272,14 @@ def backbone_weights(path: Path) -> dict[str, Tensor]:
     }
 
 
-def _under_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return from_mmseg(from_eomt(weights))
+def _under_our_names(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    try:
+        return from_mmseg(from_eomt(weights))
+    except MALFORMED as error:
+        raise InputError(
+            f"{path}: its weights have names of a network that is known, and not its shapes: "
+            f"{error!r}"
+        ) from error
 
 
 def _as_named_there(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
@@ -239,18 +305,38 @@ def _as_named_there(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 def _is_weight(entry: tuple[Any, Any]) -> bool:
-    return isinstance(entry[0], str) and isinstance(entry[1], Tensor)
+    """Whether it is a name and a plain tensor with values, neither sparse, quantized nor complex.
+
+    One with fewer values than places, which a file may claim, takes memory that nobody has.
+    """
+    name, tensor = entry
+    return (
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_quantized or tensor.is_complex())
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )
+
+
+def network_of(content: dict[str, Any]) -> str:
+    """Which network a checkpoint of ours says that it is; empty where it does not say."""
+    model = content["params"].get("model", {})
+    parts = [model.get(part) for part in ("head", "backbone")]
+    names = [part.get("name") for part in parts if isinstance(part, dict)]
+    return f"a {brief(str(names[0]))} on {brief(str(names[1]))}" if len(names) == 2 else ""
 
 
 def classes_of(content: dict[str, Any]) -> list[str]:
     """The names of the classes that a file's content tells, of MMSegmentation in its `meta`."""
     if is_own(content):
-        return list(content.get("classes") or [])
+        return list(content.get("classes", []))
     meta = content.get("meta")
     dataset = meta.get("dataset_meta") if isinstance(meta, dict) else None
     for holder in (dataset, meta):
         if isinstance(holder, dict):
-            names = holder.get("classes") or holder.get("CLASSES")
+            names = holder.get("classes", holder.get("CLASSES"))
             if isinstance(names, list | tuple):
                 return [str(name).strip() for name in names]  # ADE20K's 'bed ' has a blank
     return []

@@ -64,8 +64,13 @@ class Folder:
             "probabilities": self.probabilities,
         }
         path = self.path / IDENTITY
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file, and --out must be a folder")
         if path.is_file():
-            held = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                held = dict(json.loads(path.read_bytes()))
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{path} is broken ({error}); choose another --out") from None
             differing = [name for name in identity if held.get(name) != identity[name]]
             if differing:
                 raise InputError(

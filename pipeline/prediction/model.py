@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
 from pipeline.data.files import read_image, upright
@@ -23,7 +23,7 @@ from pipeline.evaluation.report import blend, write_mask
 from pipeline.models import ModelParams, build_model
 from pipeline.models.network import Labels
 from pipeline.models.weights import averaged, is_own, read_description, read_file
-from pipeline.params import Above0, Colour, Grey, Section, Size
+from pipeline.params import Above0, Colour, Grey, Part, Size
 from pipeline.precision import PRECISIONS, Normalization
 from pipeline.prediction.calibration import calibrated
 from pipeline.training.checkpoint import fill
@@ -35,34 +35,28 @@ WHOLE = 4096 * 2048
 WINDOW: tuple[Size, Size] = ((1024, 1024), (768, 768))
 
 
-class _Part(Section):
-    """A section of which a prediction needs some keys."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-class _Augmentation(_Part):
+class _Augmentation(Part):
     scale: Size | None
 
 
-class _Training(_Part):
+class _Training(Part):
     precision: Literal["fp32", "fp64", "bf16", "fp16"]
 
 
-class _Evaluation(_Part):
+class _Evaluation(Part):
     mode: Literal["whole", "slide"]
     crop: Size
     stride: Size
 
 
-class _Trained(_Part):
+class _Trained(Part):
     augmentation: _Augmentation
     model: ModelParams
     train: _Training
     evaluation: _Evaluation
 
 
-class _Described(_Part):
+class _Described(Part):
     """What a file of ours says of its weights: a `Description`, and the temperature."""
 
     classes: tuple[str, ...] = Field(min_length=2, max_length=255)
@@ -255,7 +249,8 @@ def load_model(
     the mirrored image. Nothing in the file is run.
 
     Raises:
-        InputError: the file is missing, broken, or not of this tool; the text names it.
+        InputError: the file is missing, broken, or not of this tool; the text names it. Or torch
+            has no such device here.
     """
     path = Path(path)
     content = read_file(path)
@@ -265,7 +260,9 @@ def load_model(
             "train.load_from with train.iterations: 0"
         )
     check_format(content, path, "export it anew by `dvc repro`")
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if not scales or not all(0.01 <= scale <= 100 for scale in scales):
+        raise InputError(f"scales must be ratios from 0.01 to 100, not {list(scales)}")
     described = describe(content, path)
     predictor = build_predictor(described, content, chosen)
     return Model(
@@ -275,6 +272,15 @@ def load_model(
         temperature=described.temperature,
         predictor=replace(predictor, scales=tuple(scales), flip=flip),
     )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"there is no device {name!r} for torch here: {reason}") from None
+    return torch.device(name)
 
 
 def describe_file(path: Path) -> _Described:
@@ -295,7 +301,7 @@ def describe(content: Mapping[str, Any], path: Path) -> _Described:
     told = {name: content.get(name) for name in _Described.model_fields}
     try:
         described = _Described.model_validate_json(json.dumps(told))
-    except (TypeError, ValidationError) as error:
+    except (RecursionError, TypeError, ValueError) as error:
         raise InputError(f"{path}: its description can't be used: {error}") from None
     if not len(described.classes) == len(described.palette) == len(described.frequency):
         raise InputError(f"{path}: its description has not one colour and frequency a class")

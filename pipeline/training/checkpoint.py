@@ -22,6 +22,7 @@ from pipeline.models.weights import (
     classes_of,
     is_own,
     model_md5,
+    network_of,
     read_file,
     tensors_md5,
     weights_of,
@@ -180,9 +181,8 @@ def load_weights(
     content = read_file(path)
     weights, theirs = weights_of(content, path), classes_of(content)
     source = str(path)
-    if is_own(content):
-        network = content["params"]["model"]
-        source += f", a {network['head']['name']} on {network['backbone']['name']},"
+    if is_own(content) and (network := network_of(content)):
+        source += f", {network},"
     if classes and theirs and len(theirs) != len(classes):
         source += f", of {len(theirs)} classes instead of {len(classes)},"
     fill(model, weights, source, strict)
@@ -213,7 +213,7 @@ def fill(model: nn.Module, weights: dict[str, Tensor], source: str, strict: bool
 
 def _listed(wrong: list[str]) -> str:
     """Lines for a message; of very many a few of each kind, and all of them in a file."""
-    lines = [f"  {line}\n" for line in sorted(wrong)]
+    lines = [f"  {line if line.isprintable() else ascii(line)}\n" for line in sorted(wrong)]
     if len(lines) > LISTED:
         path = main_checkout() / ".dvc" / "tmp" / "instep-weights.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,6 +247,9 @@ def _compare(
         elif weight.shape != own[name].shape:
             shapes = tuple(weight.shape), tuple(own[name].shape)
             wrong.append(f"{name}: {shapes[0]} in the file, {shapes[1]} in the model")
+        elif weight.is_floating_point() != own[name].is_floating_point():
+            kinds = weight.dtype, own[name].dtype
+            wrong.append(f"{name}: {kinds[0]} in the file, {kinds[1]} in the model")
         else:
             fitting[name] = weight
     return fitting, wrong

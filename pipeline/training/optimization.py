@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.errors import InputError
 from pipeline.models.network import Network
+from pipeline.models.weights import MALFORMED
 from pipeline.precision import PRECISIONS, Normalization, Precision
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.params import TrainParams
@@ -91,13 +92,23 @@ class Learner:
         return states
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint whose weights the network has; what it lacks starts anew."""
-        restore_optimizer(self.optimizer, checkpoint["optimizer"], self.network)
-        if self.scaler.is_enabled() and "scaler" in checkpoint:
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        if self.average is not None and "ema" in checkpoint:
-            self.average.module.load_state_dict(checkpoint["ema"])
-            self.average.n_averaged.fill_(1)  # 0 would take the next weights for the average
+        """Go on from a checkpoint whose weights the network has; what it lacks starts anew.
+
+        Raises:
+            InputError: what it knows beside the weights is not of this network.
+        """
+        try:
+            restore_optimizer(self.optimizer, checkpoint["optimizer"], self.network)
+            if self.scaler.is_enabled() and "scaler" in checkpoint:
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            if self.average is not None and "ema" in checkpoint:
+                self.average.module.load_state_dict(checkpoint["ema"])
+                self.average.n_averaged.fill_(1)  # 0 would take the next weights for the average
+        except MALFORMED as error:
+            raise InputError(
+                f"the checkpoint to go on from has a state of the optimizer that does not fit the "
+                f"network ({error!r}); take its weights alone, by train.load_from"
+            ) from error
 
 
 def build_learner(
@@ -197,6 +208,9 @@ def restore_optimizer(
         for name, value in held.items():  # in memory as the parameter is, which a file is not
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 held[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            elif isinstance(value, Tensor) and value.dim() > 0:
+                shapes = tuple(value.shape), tuple(parameter.shape)
+                raise ValueError(f"{name} is {shapes[0]} for a parameter {shapes[1]}")
 
 
 def learning_rate(params: TrainParams, iteration: int, lr_mult: float = 1.0) -> float:

@@ -9,6 +9,9 @@ from pipeline.errors import InputError
 from pipeline.params import (
     Above0,
     AtLeast0,
+    Batch,
+    Count,
+    Few,
     Fraction,
     Positive,
     Probability,
@@ -22,8 +25,8 @@ class ScheduleParams(Section):
 
     policy: Literal["poly", "cosine"]
     power: AtLeast0
-    min_lr: AtLeast0
-    warmup_iters: int = Field(ge=0)
+    min_lr: Annotated[float, Field(ge=0, le=1000)]
+    warmup_iters: Count
     warmup_ratio: Probability
 
 
@@ -43,17 +46,17 @@ class CheckpointParams(Section):
 class TrainParams(Section):
     """Every key is explained beside it in params.yaml."""
 
-    gpus: Positive
+    gpus: Few
     device: Literal["auto", "cuda", "cpu"]
-    workers: int = Field(ge=0)
-    timeout: Positive
-    batch_size: Positive
-    accumulation: Positive
-    iterations: int = Field(ge=0)
-    extend: int = Field(ge=0)
+    workers: int = Field(ge=0, le=1024)
+    timeout: Annotated[int, Field(ge=1, le=86400)]
+    batch_size: Batch
+    accumulation: Batch
+    iterations: Count
+    extend: Count
     optimizer: Literal["sgd", "adamw"]
-    lr: Above0
-    base_batch_size: Positive
+    lr: Annotated[float, Field(gt=0, le=1000)]
+    base_batch_size: Batch
     auto_scale_lr: bool
     momentum: Fraction
     weight_decay: AtLeast0
@@ -61,10 +64,10 @@ class TrainParams(Section):
     head_lr_mult: Above0
     layer_decay: Annotated[float, Field(gt=0, le=1)]
     clip_grad_norm: Above0 | None
-    leave_out_nonfinite: int = Field(ge=0)
+    leave_out_nonfinite: Count
     ema_decay: Share | None
     schedule: ScheduleParams
-    rare_class_temperature: Above0 | None
+    rare_class_temperature: Annotated[float, Field(ge=1e-4, le=1e6)] | None
     precision: Literal["fp32", "fp64", "bf16", "fp16"]
     seed: int = Field(ge=0, lt=2**32)
     deterministic: bool

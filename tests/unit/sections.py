@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from pipeline.distributed import parallelize
-from pipeline.experiment import Params
+from pipeline.errors import InputError
+from pipeline.experiment import Params, load_params
 from pipeline.models import ModelParams, build_model
 from pipeline.models.network import Labels, Network
 from pipeline.precision import PRECISIONS, Normalization
@@ -37,6 +39,16 @@ def change(tree: dict[str, Any], changes: dict[str, Any]) -> None:
         for part in sections:
             section = section.setdefault(part, {})
         section[last] = value
+
+
+def refusal(folder: Path, changes: dict[str, Any]) -> str:
+    """In what words a file of params.yaml with these changes is refused."""
+    path = folder / "params.yaml"
+    text = json.dumps(document(changes)).replace("Infinity", ".inf")
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="can't be used") as caught:
+        load_params(path)
+    return str(caught.value)
 
 
 def params(changes: dict[str, Any]) -> Params:

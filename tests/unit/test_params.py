@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from pipeline.experiment import load_params
 from pipeline.params import flatten, plain
 from pipeline.yaml12 import read_yaml
-from tests.unit.sections import REPOSITORY, document
+from tests.unit.sections import REPOSITORY, document, refusal
 
 SCALARS = """
 1e-3 1E3 1e+3 +1e3 -2E+05 12e03 1.e2 1.5e3 1. .5 -.5 +.5 1_000.5 00.5 0.0
@@ -24,15 +24,6 @@ off on yes No y n .inf -.inf +.inf .Inf .INF .nan .NaN .NAN -.nan
 
 
 PAIRS, VOC = {"format.name": "pairs"}, {"format.name": "voc"}
-
-
-def refusal(folder: Path, changes: dict[str, object]) -> str:
-    path = folder / "params.yaml"
-    text = json.dumps(document(changes)).replace("Infinity", ".inf")
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match="can't be used") as caught:
-        load_params(path)
-    return str(caught.value)
 
 
 def test_the_repositorys_own_file_loads_and_nothing_in_it_is_lost():
@@ -60,131 +51,12 @@ def test_yaml_is_version_1_2(tmp_path: Path):
     assert read_yaml(path) == [0.001, "off", 10, 8, None, math.inf, 1000]
 
 
-@pytest.mark.parametrize(
-    ("unknown", "nearest"),
-    [
-        ("train.gpuz", "train.gpus"),
-        ("train.validation", "train.validate"),
-        ("model.backbone.outputstride", "model.backbone.output_stride"),
-        ("evaluatoin", "evaluation"),
-    ],
-)
-def test_an_unknown_name_is_answered_with_the_nearest_valid_one(
-    unknown: str, nearest: str, tmp_path: Path
-):
-    line = f"{unknown}: no such parameter; did you mean {nearest}?"
-    assert line in refusal(tmp_path, {unknown: 2})
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "rule"),
-    [
-        ("train.gpus", "two", 'train.gpus: "two" should be a valid integer'),
-        ("train.gpus", 1.0, "train.gpus: 1.0 should be a valid integer"),
-        ("train.deterministic", 1, "train.deterministic: 1 should be a valid boolean"),
-        ("train.lr", "1e-3", 'train.lr: "1e-3" should be a valid number'),
-        ("train.lr", 0, "train.lr: 0 should be greater than 0"),
-        ("train.momentum", 1.0, "train.momentum: 1.0 should be less than 1"),
-        ("train.iterations", -1, "train.iterations: -1 should be greater than or equal to 0"),
-        ("evaluation.scales", [1.0, 0], "evaluation.scales.1: 0 should be greater than 0"),
-        ("evaluation.scales", [], "evaluation.scales: [] "),
-        ("train.rare_class_temperature", 0, "train.rare_class_temperature: 0 should be greater"),
-        ("train.workers", -1, "train.workers: -1 should be greater than or equal to 0"),
-        ("train.lr", math.inf, "train.lr: Infinity should be a finite number"),
-        ("augmentation.flip.vertical", 1.5, "augmentation.flip.vertical: 1.5 should be less"),
-        (
-            "augmentation.crop_size",
-            [64],
-            "augmentation.crop_size.1: missing; the list is too short",
-        ),
-        ("augmentation.crop_size", [64, 0], "augmentation.crop_size.1: 0 should be greater"),
-        ("augmentation.ratio_range", [2.0, 0.5], "augmentation.ratio_range: must be [low, high]"),
-        ("model.head.name", "segnet", "model.head: name 'segnet' is unknown; did you mean"),
-        ("model.head", "unet", "model.head: must be a section with a name: one of deeplabv3,"),
-        ("model.backbone.name", "resnet50", "'resnet50' is unknown; did you mean resnet50c?"),
-        (
-            "model.backbone.name",
-            "mit_b0",
-            "backbone.name mit_b0 has 4 maps of features, and unet with head.aux_weight 0 needs 5",
-        ),
-        ("model.backbone.output_stride", 4, "model.backbone.output_stride: 4 should be 8, 16 or"),
-        ("train", None, "train: null should be"),
-        ("data.palette", [[1, 2, 3]], "data: palette has 1 colours for 3 classes"),
-        ("data.classes", ["a", "b", "a"], "data: classes: every name must stand once"),
-        ("data.ignore_index", 1, "data: ignore_index 1 is the id of class 'land'"),
-        ("train.ema_decay", 1.0, "train.ema_decay: 1.0 should be less than 1"),
-        ("train.clip_grad_norm", 0, "train.clip_grad_norm: 0 should be greater than 0"),
-        ("train.head_lr_mult", 0, "train.head_lr_mult: 0 should be greater than 0"),
-        ("train.schedule.policy", "step", "train.schedule.policy: \"step\" should be 'poly' or"),
-        ("model.loss.cross_entropy", 0, "model.loss: every term has weight 0"),
-        ("model.loss.dice", -1, "model.loss.dice: -1 should be greater than or equal to 0"),
-        (
-            "model.loss.class_weights",
-            "even",
-            "model.loss.class_weights: must be null, balanced, or",
-        ),
-        (
-            "model.loss.class_weights",
-            [1, 0, 1],
-            "model.loss.class_weights: must be null, balanced,",
-        ),
-        ("model.loss.class_weights", [1, 1], "model.loss.class_weights has 2 numbers for the 3"),
-        ("train.work_dir", "/tmp/out", "train.work_dir: must be a folder inside the repository"),
-        ("train.work_dir", "../out", "train.work_dir: must be a folder inside the repository"),
-        ("train.work_dir", ".", "train.work_dir: must be a folder inside the repository"),
-        ("evaluation.stride", [129, 85], "evaluation: stride [129, 85] leaves pixels between"),
-    ],
-)
-def test_a_wrong_value_is_refused_by_name_with_the_rule(
-    name: str, value: object, rule: str, tmp_path: Path
-):
-    assert rule in refusal(tmp_path, {name: value})
-
-
-@pytest.mark.parametrize(
-    ("changes", "rule"),
-    [
-        ({"model.head.dropout": 0.1}, "model.head: smp.Unet has no parameter dropout"),
-        ({"model.backbone.output_stride": 8}, "model: backbone.output_stride: a network of smp.*"),
-        (
-            {"augmentation.crop_size": [96, 100]},
-            "smp.Unet is trained on sides that 32 divides; use [96, 96]",
-        ),
-    ],
-)
-def test_a_network_of_the_library_has_rules_of_its_own(
-    changes: dict[str, object], rule: str, tmp_path: Path
-):
-    assert rule in refusal(tmp_path, {"model.head.name": "smp.Unet"} | changes)
-
-
 @pytest.mark.parametrize("head", ["pspnet", "upernet", "deeplabv3", "deeplabv3plus"])
 def test_a_head_that_pools_to_one_pixel_needs_two_images(head: str, tmp_path: Path):
     text = refusal(
         tmp_path, {"model.head.name": head, "train.batch_size": 2, "train.accumulation": 2}
     )
     assert f"the 1x1 pooling of {head} leaves batch normalisation a single value" in text
-
-
-def test_all_findings_are_told_at_once(tmp_path: Path):
-    wrong = {
-        "train.gpuz": 1,
-        "train.lr": "fast",
-        "model.head.dropout": 2,
-        "evaluation.split": "train",
-    }
-    text = refusal(tmp_path, wrong)
-    assert len(text.splitlines()) == 1 + len(wrong)
-    for name in wrong:
-        assert f"  {name}: " in text
-
-
-def test_a_missing_parameter_is_named(tmp_path: Path):
-    tree = document({})
-    del tree["train"]["lr"]
-    (tmp_path / "params.yaml").write_text(json.dumps(tree), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"train\.lr: missing"):
-        load_params(tmp_path / "params.yaml")
 
 
 @pytest.mark.parametrize(
@@ -206,20 +78,6 @@ def test_a_pspnet_refuses_microbatches_of_one_image(tmp_path: Path):
         json.dumps(document(changes | {"model.head.pool_scales": [2, 3]})), encoding="utf-8"
     )
     assert load_params(tmp_path / "params.yaml").model.head.pool_scales == (2, 3)
-
-
-@pytest.mark.parametrize(
-    ("key", "finding"),
-    [
-        ("pool_scales", "unet has no parameter pool_scales; it belongs to pspnet, upernet"),
-        ("train_points", "unet has no parameter train_points; it belongs to eomt, pointrend"),
-        ("chanels", "unet has no parameter chanels; did you mean channels?"),
-    ],
-)
-def test_a_key_of_another_head_is_refused_with_the_heads_that_it_belongs_to(
-    key: str, finding: str, tmp_path: Path
-):
-    assert f"model.head: {finding}" in refusal(tmp_path, {f"model.head.{key}": [1]})
 
 
 def test_what_the_file_leaves_out_has_the_published_value(tmp_path: Path):
@@ -295,12 +153,6 @@ def test_data_that_contradict_themselves_are_refused(
     changes: dict[str, object], rule: str, tmp_path: Path
 ):
     assert rule in refusal(tmp_path, {f"data.{name}": value for name, value in changes.items()})
-
-
-def test_a_file_without_sections_is_refused(tmp_path: Path):
-    (tmp_path / "params.yaml").write_text("", encoding="utf-8")
-    with pytest.raises(ValueError, match="must hold the sections data, augmentation, model"):
-        load_params(tmp_path / "params.yaml")
 
 
 def test_parameters_are_frozen():

@@ -1,7 +1,5 @@
 """Files of weights: told apart by content, read without their code, matched by name."""
 
-import builtins
-import logging
 import sys
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -206,90 +204,3 @@ def test_an_auxiliary_head_and_the_counts_of_batches_are_not_needed(tmp_path: Pa
         weights["decode_head.conv_seg.bias"]
     )
     assert model.state_dict()["backbone.conv1.1.num_batches_tracked"] == 0
-
-
-def test_all_that_does_not_fit_is_one_error_and_nothing_is_loaded(tmp_path: Path):
-    model = Tiny(num_classes=4)
-    before = theirs(model)
-    weights = theirs(Tiny(num_classes=3, auxiliary=False))
-    weights["neck.conv.weight"] = weights.pop("backbone.stem.1.running_var")
-    content = {"state_dict": weights, "meta": {"dataset_meta": {"classes": ("a", "b", "c")}}}
-    path = saved(content, tmp_path)
-    with pytest.raises(ValueError, match="does not fit") as caught:
-        load_weights(model, path, classes=("a", "b", "c", "d"))
-    assert str(caught.value).splitlines() == [
-        f"{path}, of 3 classes instead of 4, does not fit the model of params.yaml:",
-        "  auxiliary_head.conv_seg.bias: missing",
-        "  auxiliary_head.conv_seg.weight: missing",
-        "  backbone.conv1.1.running_var: missing",
-        "  decode_head.conv_seg.bias: (3,) in the file, (4,) in the model",
-        "  decode_head.conv_seg.weight: (3, 2, 1, 1) in the file, (4, 2, 1, 1) in the model",
-        "  neck.conv.weight: unknown",
-        "change the model, or take what fits: train.load_from with train.load_strict: false",
-    ]
-    assert all(before[name].equal(weight) for name, weight in theirs(model).items())
-
-
-def test_not_strict_the_rest_is_loaded_and_the_classifier_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    model = Tiny(num_classes=4, auxiliary=False)
-    before = model.decode_head.conv_seg.weight.detach().clone()
-    weights = theirs(Tiny(num_classes=3))
-    path = saved({"state_dict": weights, "meta": {"CLASSES": ("a", "b", "c")}}, tmp_path)
-    load_weights(model, path, strict=False, classes=("a", "b", "x", "d"))
-    assert model.decode_head.conv_seg.weight.equal(before)
-    own = model.state_dict()
-    assert own["backbone.conv1.0.weight"].equal(weights["backbone.stem.0.weight"])
-    (record,) = caplog.records
-    assert (record.name, record.levelno) == ("instep", logging.WARNING)
-    assert record.getMessage().splitlines()[1:] == [
-        "  decode_head.conv_seg.bias: (3,) in the file, (4,) in the model",
-        "  decode_head.conv_seg.weight: (3, 2, 1, 1) in the file, (4, 2, 1, 1) in the model",
-    ]
-    with pytest.raises(ValueError, match=r"has no weight of the model of params\.yaml:\n"):
-        load_weights(nn.Sequential(nn.Linear(2, 2)), path, strict=False)
-
-
-class Payload:
-    """Pickled as a call."""
-
-    def __init__(self, *call: object) -> None:
-        self.call = call
-
-    def __reduce__(self) -> tuple:
-        return self.call[0], self.call[1:]
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_what_could_run_is_refused_by_name_and_does_not_run(zipped: bool, tmp_path: Path):
-    trap = tmp_path / "trap"
-    code = f"__import__('os').mkdir({str(trap)!r})"
-    weights = theirs(Tiny())
-    for call, name in (((eval, code), "eval"), ((builtins.exec, code), "exec")):
-        content = {"state_dict": weights, "meta": Payload(*call)}
-        path = saved(content, tmp_path, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(
-            ValueError, match=rf"given\.pth: .* it names {name}, .* trust"
-        ) as caught:
-            load_weights(Tiny(), path)
-        assert "weights_only" not in str(caught.value)  # no advice to load it in another way
-        assert not trap.exists()
-    torch.load(path, weights_only=False)
-    assert trap.exists()  # the file was dangerous indeed
-
-
-def test_getattr_looks_nothing_up_and_gives_nothing_to_call(tmp_path: Path):
-    path = saved({"method": OrderedDict.fromkeys}, tmp_path)
-    assert b"getattr" in path.read_bytes()
-    assert type(read_file(path)["method"]) is Unread
-    with pytest.raises(ValueError, match=r"given\.pth: .* call reduce for unrecognized function"):
-        read_file(saved({"call": Payload(OrderedDict.fromkeys, "ab")}, tmp_path))
-
-
-@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
-def test_a_truncated_file_of_mmengine_is_refused_by_name(kept: float, tmp_path: Path):
-    whole = MMENGINE.read_bytes()
-    (tmp_path / "part.pth").write_bytes(whole[: int(len(whole) * kept)])
-    with pytest.raises(ValueError, match=r"part\.pth: not a checkpoint that can be loaded safely"):
-        load_weights(Tiny(), tmp_path / "part.pth")
