@@ -4,7 +4,7 @@ The only module that reads what DVC keeps.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pipeline.evaluation.per_image import PER_IMAGE, PerImage
 from pipeline.evaluation.report import PREDICTIONS, read_mask
 from pipeline.experiment import Params
 from pipeline.params import main_checkout
-from pipeline.tracking import artifact_of
+from pipeline.tracking import TrackedRun, artifact_of, find_runs
 from pipeline.yaml12 import parse_yaml
 
 WORKSPACE = "workspace"
@@ -33,12 +33,12 @@ def find(name: str, params: Params) -> Result:
     files, unknown = _revision(name)
     if files is not None:
         return _of_files(name, _work_dir(name, files), files.cat_file)
-    content = artifact_of(params.tracking, name, PER_IMAGE)
+    content = _artifact(name, params, PER_IMAGE)
     if content is None:
         raise InputError(
             f"{name} is no experiment, no revision and no MLflow run with an evaluation; "
-            "`dvc exp list` and `make ui` name what there is, and `workspace` is what lies here "
-            f"({unknown})"
+            "`dvc exp list` and `python -m stages.runs` name what there is, and `workspace` is "
+            f"what lies here ({unknown})"
         )
     return Result(name, PerImage.load(content, f"{name}: {PER_IMAGE}"))
 
@@ -68,17 +68,43 @@ def find_model(name: str, params: Params) -> Path:
                 "has"
             ) from None
     else:
-        content = artifact_of(params.tracking, name, Path("checkpoints") / MODEL)
+        content = _artifact(name, params, Path("checkpoints") / MODEL)
         if content is None:
             raise InputError(
                 f"{name} is no file, no experiment, no revision and no MLflow run with a model; "
-                f"`dvc exp list` and `make ui` name what there is ({unknown})"
+                f"`dvc exp list` and `python -m stages.runs` name what there is ({unknown})"
             )
     digest = hashlib.md5(content).hexdigest()
     kept = main_checkout() / ".dvc" / "tmp" / "instep-models" / f"{digest}{Path(MODEL).suffix}"
     if not kept.is_file():
         write_atomically(kept, lambda file: file.write(content))
     return kept
+
+
+def runs_called(name: str, runs: Sequence[TrackedRun]) -> list[TrackedRun]:
+    """The runs of an id, the beginning of one, a name, or what a name ends by: an experiment."""
+    last = f"({name})"  # an experiment, or a fingerprint
+    found = [run for run in runs if name in (run.run_id, run.name) or run.name.endswith(last)]
+    return found or [run for run in runs if len(name) >= 4 and run.run_id.startswith(name)]
+
+
+def ambiguous(name: str, runs: Sequence[str]) -> InputError:
+    """That several runs, by their ids, are called so."""
+    return InputError(f"{len(runs)} runs are called {name}; name one by its id: {', '.join(runs)}")
+
+
+def _artifact(name: str, params: Params, path: Path) -> bytes | None:
+    """A file of the artifacts of the run of this name that has it, if there is one.
+
+    Raises:
+        InputError: several have it, or MLflow's store can't be read.
+    """
+    runs = runs_called(name, find_runs(params.tracking))
+    held = {run.run_id: artifact_of(params.tracking, run.run_id, path) for run in runs}
+    found = {one: content for one, content in held.items() if content is not None}
+    if len(found) > 1:
+        raise ambiguous(name, list(found))
+    return next(iter(found.values()), None)
 
 
 def _revision(name: str) -> tuple[Any, str]:

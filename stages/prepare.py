@@ -1,10 +1,12 @@
 """Stage 1: the user's images -> an audited, packed data set in data/prepared."""
 
+import re
 import sys
 
 from tqdm import tqdm
 
 from pipeline.data.audit import prepare
+from pipeline.data.files import some
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import PREPARED, Store
 from stages import run_main
@@ -27,9 +29,13 @@ def main() -> None:
     splits = {name: store.split(name) for name in SPLITS}
     print("images:", ", ".join(f"{name} {len(split)}" for name, split in splits.items()))
     pattern = params.data.format.group_by
-    entries = [entry for split in splits.values() for entry in split.entries]
-    if pattern and all(entry.group == entry.name for entry in entries):
-        print(f"warning: every image is a group of its own: group_by {pattern!r} matches no name")
+    names = [entry.name for split in splits.values() for entry in split.entries]
+    alone = [name for name in names if pattern and not re.search(pattern, name)]
+    if alone:
+        print(
+            f"warning: data.format.splits.group_by {pattern!r} matches nothing in {len(alone)} of "
+            f"{len(names)} names, each of which is a group of its own: {some(alone)}"
+        )
     missing = [name for name, pixels in zip(store.classes, store.pixels) if not pixels]
     if missing:
         print("warning: train has no pixel of", ", ".join(missing))

@@ -8,6 +8,7 @@ goes from params.yaml and so has its default. In the other sections it sets what
 
 import argparse
 import json
+import signal
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     match options.command:
         case "list":
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
             width = max(map(len, names()))
             for name in names():
                 about = read_yaml(RECIPES / f"{name}.yaml").get("description", "")

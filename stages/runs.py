@@ -9,6 +9,7 @@ from pipeline.pages import score
 from pipeline.params import differing
 from pipeline.provenance import first_of
 from pipeline.reproduction import commands, verify
+from pipeline.results import ambiguous, runs_called
 from pipeline.tracking import INTERVAL_TAG, TrackedRun, find_runs
 from stages import run_main
 
@@ -56,16 +57,11 @@ def one_of(runs: Sequence[TrackedRun], name: str) -> TrackedRun:
     Raises:
         InputError: there is none, or more than one.
     """
-    last = f"({name})"  # by which a run's name ends: its experiment, or its fingerprint
-    found = [run for run in runs if name in (run.run_id, run.name) or run.name.endswith(last)]
-    found = found or [run for run in runs if len(name) >= 4 and run.run_id.startswith(name)]
-    if len(found) != 1:
-        listed = ", ".join(run.run_id for run in found)
-        raise InputError(
-            f"{len(found)} runs are called {name}; name one by its id: {listed}"
-            if found
-            else f"no run is called {name}; `python -m stages.runs` lists them"
-        )
+    found = runs_called(name, runs)
+    if len(found) > 1:
+        raise ambiguous(name, [run.run_id for run in found])
+    if not found:
+        raise InputError(f"no run is called {name}; `python -m stages.runs` lists them")
     return found[0]
 
 

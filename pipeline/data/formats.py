@@ -257,6 +257,12 @@ class Pairs(Folders[PairsParams]):
         images, targets, problems = _files(self.root, self.params.images, self.params.targets)
         suffixes = self.params.target_suffixes
         found, more = _split(self.root, images, targets, suffixes, splits=self.params.splits)
+        added = "" if found else _added(images, targets)
+        if added:  # that no image has a target only follows
+            more = [
+                f"{self.root / self.params.targets}: the targets' names add {added!r} to their "
+                f"images'; set data.format.target_suffixes: [{added}]"
+            ]
         return found, problems + more
 
     def ids(self, target: Path) -> Ids:
@@ -441,6 +447,15 @@ def _paired(
         else:
             found.append(Record(stem, str(images[stem]), str(target), split_of[stem]))
     return found, problems
+
+
+def _added(images: Files, targets: Files) -> str:
+    """What a target's stem adds to its image's in each of the first eight; "" if nothing does."""
+    added = [
+        {target.removeprefix(stem) for target in targets if target.startswith(stem)}
+        for stem in list(images)[:8]
+    ]
+    return min(set.intersection(*added), default="", key=len) if added else ""
 
 
 def _pictureless(images: Files, targets: Files, suffixes: Sequence[str]) -> list[str]:

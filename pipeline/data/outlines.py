@@ -185,7 +185,9 @@ def by_image(
     """
     suffix = PARSERS[kind][0]
     files = [place] if place.is_file() else sorted(place.rglob(f"*{suffix}"))
-    problems = [] if files else [f"{place}: no {suffix} file of {kind}"]
+    problems = []
+    if not files:
+        problems += [f"{place}: no {suffix} file of {kind}; data.format.annotations names it"]
     found: dict[str, Path] = {}
     last = {stem.rpartition("/")[2]: stem for stem in images}
     for file in files:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -127,7 +127,7 @@ class Model:
     palette: Sequence[Colour]
     exif: str
     temperature: float | None
-    predictor: Predictor
+    predictor: Predictor = field(repr=False)  # thousands of lines
 
     def predict(
         self,

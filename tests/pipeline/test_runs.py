@@ -70,6 +70,13 @@ def test_the_commands_give_the_same_result_in_an_empty_folder(project: Path, tmp
     dvc(project, "checkout")
 
 
+def test_a_run_is_compared_by_the_id_that_the_table_shows(project: Path):
+    slow, fast = (ids(project)[rate][:8] for rate in ("0.01", "0.03"))
+    said = run([sys.executable, "-m", "stages.compare", slow, fast], project).stdout
+    assert f"1 training, train.lr: 0.01  ({slow})\n" in said
+    assert f"1 training, train.lr: 0.03  ({fast})\n" in said
+
+
 def test_the_first_iterations_of_an_experiment_prove_it(project: Path):
     said = runs(project, "--verify", "faster")
     same = "THE SAME: after 1 and 10 iterations the weights are those of run"

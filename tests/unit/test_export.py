@@ -1,11 +1,14 @@
 """Exported networks beside torch: every head, at sizes that the export has never seen."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from pipeline import registry
@@ -18,7 +21,7 @@ from pipeline.prediction.export import METADATA, export_onnx, feeds, open_sessio
 from pipeline.prediction.parity import Measured, check
 from pipeline.registry import is_better
 from pipeline.tracking import TrackingParams
-from tests.unit.sections import build
+from tests.unit.sections import REPOSITORY, build
 from tests.unit.test_models import options
 
 CPU = torch.device("cpu")
@@ -88,7 +91,9 @@ def test_an_exported_head_says_what_torch_says(head: str, backbone: str, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_scale_is_the_caller_s_and_the_classes_have_the_image_s_size(tmp_path: Path):
+def test_a_scale_is_the_caller_s_and_the_classes_have_the_image_s_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     predictor = predictor_of("fcn", "resnet18", scale=(128, 80))
     about = {"classes": ["sky", "Bäume"], "scale": [128, 80]}
     export_onnx(predictor, about, "fcn", tmp_path / "model.onnx")
@@ -99,6 +104,19 @@ def test_a_scale_is_the_caller_s_and_the_classes_have_the_image_s_size(tmp_path:
     given = feeds(pictures(2, 300, 200), (128, 80))
     assert given["image"].shape == (2, 120, 80, 3)
     assert given["size"].tolist() == [300, 200]
+
+    # What docs/serving.md shows is that.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs/export").mkdir(parents=True)
+    (tmp_path / "model.onnx").rename("outputs/export/model.onnx")
+    Image.fromarray(pictures(1, 203, 150)[0]).save("photo.jpg")
+    page = (REPOSITORY / "docs/serving.md").read_text(encoding="utf-8")
+    (program,) = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(program, made)
+    expected = np.stack(predictor.predict([made["image"]]))
+    assert made["classes"].shape == expected.shape == (1, 203, 150)
+    assert (made["classes"] != expected).mean() <= TIES
 
 
 class Counting(Network):

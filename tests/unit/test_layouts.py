@@ -281,6 +281,20 @@ def test_the_first_target_suffix_that_exists_wins(tmp_path: Path):
     ]
 
 
+def test_the_suffix_that_all_targets_have_is_named(tmp_path: Path):
+    for name in ("train/a", "train/a 2", "val/b"):
+        picture(tmp_path / f"images/{name}.jpg")
+        target(tmp_path / f"targets/{name}_mask.png", [[0]])
+    assert read_layout(data_params(tmp_path)) == (
+        [],
+        [
+            "targets: the targets' names add '_mask' to their images'; "
+            "set data.format.target_suffixes: [_mask]"
+        ],
+    )
+    assert len(read_layout(data_params(tmp_path, target_suffixes=["_mask"]))[0]) == 3
+
+
 def test_files_list_the_splits_of_pairs(tmp_path: Path):
     for number in range(5):
         write(tmp_path, f"{number}", photo(number), labels())

@@ -1,6 +1,7 @@
 """Outlines of COCO, LabelMe, CVAT and YOLO, against ids that were counted by hand."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,11 @@ def test_a_set_of_outlines_is_prepared_with_all_its_problems(tmp_path: Path):
     assert "train/a.json: label 'toe' is not in data.classes: background, foot, arch" in said
     assert "val/b.json: can't be read as a file of labelme (JSONDecodeError" in said
     assert "images/train/c.png: no target" in said
+
+    shutil.rmtree(tmp_path / "annotations")
+    missing = "annotations: no .json file of labelme; data.format.annotations names it"
+    with pytest.raises(ValueError, match=missing):
+        prepare(section(tmp_path, "labelme"), folder, lambda done, total: None)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,12 @@ def test_a_prediction_has_classes_colours_and_areas(file: Path, tmp_path: Path):
     assert found.overlay(grey)[3, 4].tolist() == expected
 
 
+def test_a_model_is_shown_in_a_line(file: Path):
+    shown = repr(load_model(file))
+    assert shown.startswith("Model(classes=")
+    assert len(shown) < 300
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_photograph_is_seen_upright_and_its_mask_lies_as_it_is_stored(
     orientation: int, file: Path, tmp_path: Path

@@ -1,13 +1,18 @@
 """What a stage refuses before it does any work."""
 
 import json
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from pipeline.data import store
+from pipeline.data import audit, store
 from pipeline.disk import FORMAT
-from stages import evaluate, train
+from stages import evaluate, prepare, train
+from tests.unit.pairs import photo
 from tests.unit.sections import document
 
 
@@ -46,3 +51,42 @@ def test_measuring_an_empty_split_is_refused_with_the_other_one(
     workspace(tmp_path, {"evaluation.split": asked}, {"train": 1, asked: 0, other: 1})
     with pytest.raises(ValueError, match=f"labelled {asked} image; use evaluation.split: {other}"):
         evaluate.main()
+
+
+@pytest.mark.parametrize(
+    ("names", "warned"),
+    [
+        (["patient-1", "patient-2", "patient-3", "patient-4"], ""),
+        (
+            ["patient-1 left", "patient-1 right", "Patient-2 left", "patient-3 x", "patient-4 x"],
+            "warning: data.format.splits.group_by 'patient-[0-9]+' matches nothing in 1 of 5 "
+            "names, each of which is a group of its own: Patient-2 left\n",
+        ),
+    ],
+)
+def test_a_name_without_a_group_is_warned_of(
+    names: list[str],
+    warned: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(audit, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    splits = {"source": "drawn", "val": 0.25, "test": 0.25, "group_by": "patient-[0-9]+"}
+    changes = {"data.root": "feet", "data.format": {"name": "pairs", "splits": splits}}
+    (tmp_path / "params.yaml").write_text(json.dumps(document(changes)), encoding="utf-8")
+    draw(tmp_path / "feet", names)
+    prepare.main()
+    assert "".join(re.findall("warning: .*group.*\n", capsys.readouterr().out)) == warned
+
+
+def draw(root: Path, names: list[str]) -> None:
+    """An image of noise, and a target with every class, of each name."""
+    for folder in ("images", "targets"):
+        (root / folder).mkdir(parents=True)
+    for seed, name in enumerate(names):
+        Image.fromarray(photo(seed, (2, 3))).save(root / f"images/{name}.png")
+        Image.fromarray(np.array([[0, 1, 2], [2, 1, 0]], np.uint8)).save(
+            root / f"targets/{name}.png"
+        )
