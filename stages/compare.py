@@ -46,8 +46,8 @@ def main() -> None:
     print_groups(groups)
     if len(groups) == 1:
         raise InputError(
-            "there is nothing to compare: these results differ in the seed alone; name one whose "
-            "parameters, data or code are others"
+            "there is nothing to compare: these results differ in the seed or the fold alone; name "
+            "one whose parameters, data or code are others"
         )
     first, *others = groups
     comparisons = {letter: compare(groups[first], groups[letter]) for letter in others}

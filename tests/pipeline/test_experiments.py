@@ -76,7 +76,7 @@ def tags(project: Path, key: str) -> list[str]:
 
 
 def shown(project: Path) -> list[dict[str, str]]:
-    table = csv.DictReader(io.StringIO(dvc(project, "exp", "show", "--csv")))
+    table = csv.DictReader(io.StringIO(dvc(project, "exp", "show", "--csv", "--all-commits")))
     return [row for row in table if row["Experiment"]]
 
 

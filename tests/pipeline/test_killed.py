@@ -151,7 +151,8 @@ def begin(project: Path, **changes: object) -> None:
     """The parameters of a training, and nothing left of the one before."""
     shutil.copy(REPOSITORY / "params.yaml", project)
     set_params(project, SMALL | CHANGES | changes)
-    shutil.rmtree(project / ".dvc/tmp/instep", ignore_errors=True)
+    for left in (".dvc/tmp/instep", "outputs"):
+        shutil.rmtree(project / left, ignore_errors=True)
 
 
 @pytest.mark.parametrize("network", ["pointrend", "segformer", "eomt"])
@@ -167,7 +168,8 @@ def test_a_kill_changes_nothing_for_other_networks(network: str, prepared: Path)
         log = (prepared / "outputs/train.log").read_text()
         assert killed == bool(re.search(r"continuing at iteration \d+", log))
         found.append([file_md5(prepared / "outputs" / name) for name in FILES])
-        shutil.rmtree(prepared / ".dvc/tmp/instep")
+        for left in (".dvc/tmp/instep", "outputs"):
+            shutil.rmtree(prepared / left)
     assert found[0] == found[1]
 
 

@@ -22,6 +22,7 @@ def test_the_feets_recipe_trains_on_a_folder_of_photographs(tmp_path: Path) -> N
     said = run([sys.executable, "-m", "stages.recipe", "use", name], project).stdout
     assert f"params.yaml is now {name}" in said
     sizes = {"augmentation.crop_size": [64, 64], "train.iterations": 3, "train.batch_size": 2}
+    sizes |= {"model.backbone.name": "resnet18c"}
     set_params(project, {"data.root": "data/photographs"} | sizes)
     dvc(project, "repro")
     checkpoint = torch.load(project / "outputs/checkpoints/best.pt", weights_only=True)
