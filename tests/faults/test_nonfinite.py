@@ -1,0 +1,120 @@
+"""Row 21: a loss or a gradient that is not finite ends the training within a step."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.disk import file_md5
+from pipeline.training.loop import out_of_memory, stopped_early
+from pipeline.training.params import TrainParams
+from tests.faults.stage import end_of, said, started, state_of
+from tests.project import make_project, query, set_params, stage
+from tests.unit.sections import params
+
+CHANGES = {"train.iterations": 12, "train.checkpoint.interval": 2, "evaluation.interval": 4}
+COUNTS = {"train": 10, "val": 3, "test": 3}
+POISON = "tests.faults.worker poison"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    made = make_project(tmp_path, COUNTS, **CHANGES)
+    stage(made, "prepare")
+    return made
+
+
+@pytest.mark.slow
+def test_a_learning_rate_that_is_far_too_high_leaves_only_finite_weights(project: Path) -> None:
+    set_params(project, {"train.lr": 1000.0, "train.clip_grad_norm": None})
+    with started(project) as process:
+        assert end_of(process) == 1
+    (line,) = [line for line in said(project).splitlines() if line.startswith("error:")]
+    iteration = int(re.match(r"error: iteration (\d+): the loss or its gradient", line)[1])
+    assert line.count("foot ") == 4  # the images of the step
+    assert "lower train.lr" in line
+    assert "Traceback" not in said(project)
+    checkpoint = state_of(project)["checkpoint"]
+    assert iteration - 2 <= checkpoint["iteration"] < iteration
+    assert all(weight.isfinite().all() for weight in checkpoint["model"].values())
+    assert not (project / "outputs/checkpoints").exists()
+    assert query(project, "SELECT status FROM runs") == [("FAILED",)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_step_may_be_left_out_as_if_it_had_not_been(project: Path, gpus: int) -> None:
+    set_params(project, {"train.gpus": gpus})
+    faulty = {"FAULT_AT": "7", "FAULT_RANK": str(gpus - 1)}  # one rank's alone
+    with started(project, POISON, **faulty) as process:
+        assert end_of(process) == 1
+    assert "error: iteration 7: the loss" in said(project)
+    assert state_of(project)["checkpoint"]["iteration"] == 6
+
+    set_params(project, {"train.leave_out_nonfinite": 1})
+    with started(project, POISON, **faulty) as process:
+        assert end_of(process) == 0, said(project)
+    assert "iteration 7: the loss or its gradient is not finite" in said(project)
+    assert "; the step is left out" in said(project)
+    state = state_of(project)
+    assert (state["left_out"], state["checkpoint"]["iteration"]) == (1, 12)
+    assert all(weight.isfinite().all() for weight in state["checkpoint"]["model"].values())
+    losses = [entry["train/loss"] for entry in state["history"] if "train/loss" in entry]
+    assert len(losses) == 11  # of iteration 7 there is none
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+@pytest.mark.slow
+def test_a_device_without_memory_for_a_step_is_told_what_may_fit(project: Path) -> None:
+    with started(project, "tests.faults.worker oom") as process:
+        assert end_of(process) == 1
+    (line,) = [line for line in said(project).splitlines() if line.startswith("error:")]
+    assert "set train.accumulation: 2" in line
+    assert "Traceback" not in said(project)
+
+
+def options(**changes: object) -> TrainParams:
+    return params({f"train.{name}": value for name, value in changes.items()}).train
+
+
+def test_the_next_larger_accumulation_is_one_that_divides_the_batch() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    text = out_of_memory(error, options(batch_size=24, base_batch_size=24, accumulation=8))
+    assert "set train.accumulation: 24" in text
+    assert "accumulation" not in out_of_memory(error, options(batch_size=4, accumulation=4))
+
+
+@pytest.mark.parametrize(
+    ("means", "ended"),
+    [
+        ([0.5, 0.6, 0.7], False),
+        ([0.5, 0.4, 0.5], True),
+        ([0.5, 0.505, 0.509], True),  # less than min_gain above the first
+        ([0.5, 0.505, 0.52], False),
+        ([0.5, 0.4], False),
+        ([0.5, 0.4, 0.6, 0.6], False),
+        ([0.5, 0.4, 0.6, 0.6, 0.6], True),
+    ],
+)
+def test_a_training_ends_early_after_so_many_validations_without_a_gain(
+    means: list[float], ended: bool
+) -> None:
+    history = [{"iteration": 1, "train/loss": 0.5}]
+    history += [{"iteration": 10 * i, "val/mean_iou": mean} for i, mean in enumerate(means, 1)]
+    patient = options(early_stop={"patience": 2, "min_gain": 0.01})
+    assert stopped_early(history, patient) is ended
+    assert not stopped_early(history, options(early_stop=None))
+
+
+@pytest.mark.slow
+def test_a_training_that_ended_early_leaves_all_outputs_and_stays_ended(project: Path) -> None:
+    set_params(project, {"train.early_stop": {"patience": 1, "min_gain": 1.0}})
+    log = stage(project, "train")
+    assert "train.early_stop" in log
+    assert state_of(project)["checkpoint"]["iteration"] == 8
+    last = file_md5(project / "outputs/checkpoints/last.pt")
+    again = stage(project, "train")  # as after a kill before DVC has the outputs
+    assert "iteration 9 " not in again
+    assert file_md5(project / "outputs/checkpoints/last.pt") == last

@@ -1,0 +1,95 @@
+"""Rows 6 and 7: a rank is killed, or hangs; the others end in time, and it is named."""
+
+import re
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.monitor import Seen, blocking
+from tests.faults.stage import end_of, family, said, started, state_of, wait_for
+from tests.project import make_project, query, stage
+
+CHANGES = {
+    "train.gpus": 2,
+    "train.timeout": 5,
+    "train.iterations": 10000,
+    "train.checkpoint.interval": 2,
+    "evaluation.interval": 10000,
+}
+
+
+@pytest.fixture(scope="module")
+def project(folder: Path) -> Path:
+    made = make_project(folder / "project", {"train": 10, "val": 3, "test": 3}, **CHANGES)
+    stage(made, "prepare")
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_is_named_and_all_end(project: Path, rank: int) -> None:
+    with started(project) as process:
+        wait_for(project, process, r"iteration \d*[4-9] ")
+        killed = ranks_of(process)[rank]
+        killed.kill()
+        assert end_of(process) == 1
+    text = said(project)
+    assert f"rank {rank} (process {killed.pid}) was ended by SIGKILL" in text.splitlines()[-1]
+    assert "Traceback" not in text
+    assert state_of(project)["checkpoint"]["iteration"] >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_stopped_is_named_and_all_end(project: Path, rank: int) -> None:
+    with started(project) as process:
+        wait_for(project, process, r"iteration \d*[4-9] ")
+        stopped = ranks_of(process)[rank]
+        stopped.send_signal(signal.SIGSTOP)
+        assert end_of(process) == 1
+    text = said(project)
+    named = re.search(
+        rf"rank {rank} \(process {stopped.pid} on \S+\) has not got on for (\d+)", text
+    )
+    assert int(named[1]) >= 5
+    assert "train.timeout allows 5 s" in text
+    if rank == 1:  # else nobody is left who could say so
+        assert query(project, "SELECT status FROM runs") == [("KILLED",)]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_with_what_it_does(project: Path) -> None:
+    with started(project, "tests.faults.worker hang", FAULT_RANK="1") as process:
+        assert end_of(process) == 1
+    assert re.search(r"rank 1 .* has not got on for \d+ s, at: iteration \d+; ", said(project))
+
+
+def ranks_of(process) -> list[psutil.Process]:
+    """The processes that train, by their ranks."""
+    below = [one for one in family(process) if "RANK" in one.environ()]
+    return sorted(below, key=lambda one: int(one.environ()["RANK"]))
+
+
+def seen(phase: int, quiet: float, silent: float = 0.0, done: bool = False) -> Seen:
+    return Seen(phase, quiet=quiet, silent=silent, done=done)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([seen(7, 1), seen(7, 1)], []),
+        ([seen(7, 9), seen(7, 21, silent=21)], [1]),  # it says nothing
+        ([seen(8, 21), seen(7, 25)], [1]),  # where the other has been
+        ([seen(8, 21), seen(7, 19)], []),  # it gets on, and may take long
+        ([seen(8, 99), seen(7, 25), seen(7, 21)], [1, 2]),
+        ([seen(8, 99), seen(7, 25), seen(7, 3)], []),
+        ([seen(8, 21), seen(8, 25)], [0, 1]),  # each waits for the other
+        ([seen(8, 99), seen(7, 99, done=True)], []),  # nobody waits for one who has done
+        ([seen(8, 99), seen(7, 99, silent=99, done=True)], []),
+        ([seen(8, -99), seen(9, 99)], []),  # a first step may take longer
+    ],
+)
+def test_who_holds_up_the_others(given: list[Seen], expected: list[int]) -> None:
+    assert blocking(given, 20) == expected
