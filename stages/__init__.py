@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, shown
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # of a broken file we say it, with its name
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -41,6 +41,6 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        sys.exit("error: " + "\n".join(map(shown, str(error).split("\n"))))
     finally:
         gc.freeze()

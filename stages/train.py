@@ -87,6 +87,7 @@ def run(params: Params, device: torch.device, until: int | None) -> None:
     """Train from where this very training was left, or else from what the parameters name."""
     options, first = params.train, distributed.rank() == 0
     store = Store(PREPARED)
+    verification = store.verification(*(("train", "val") if first else ()))
     code = training_code(result_of(params), options)
     state = state_of(params, store, code)
 
@@ -109,6 +110,7 @@ def run(params: Params, device: torch.device, until: int | None) -> None:
         # Lines that are logged appear above the progress bar.
         above = logging_redirect_tqdm([log]) if sys.stderr.isatty() else nullcontext()
         with tracked(tracker), Writer() as writer, above:
+            verification.finish()
             train(
                 learner,
                 progress,

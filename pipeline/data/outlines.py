@@ -19,6 +19,9 @@ from pipeline.errors import InputError
 
 Outline = list[float]  # x, y, x, y, ... in pixels, or in shares of width and height
 
+# What Python and pycocotools raise of a file that holds something else than it should.
+BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError)
+
 
 class Shape(NamedTuple):
     """One thing of a class: its outlines, or runs of pixels as COCO counts them.
@@ -46,8 +49,19 @@ def ids_of(
     An id is the place of a name in `classes`. Labels that are numbers leave the background out.
 
     Raises:
-        InputError: a label is none of the classes; says which are.
+        InputError: a label is none of the classes, and says which are; or an outline isn't one.
     """
+    try:
+        return _drawn(drawing, size, classes, background)
+    except InputError:
+        raise
+    except BROKEN as error:
+        raise InputError(f"an outline can't be drawn ({type(error).__name__}: {error})") from None
+
+
+def _drawn(
+    drawing: Drawing, size: tuple[int, int], classes: Sequence[str], background: int
+) -> Array:
     height, width = size
     ids = np.full(size, background, np.uint8)
     numbered = [place for place, name in enumerate(classes) if place != background]
@@ -91,7 +105,7 @@ def drawings(kind: str, path: Path) -> dict[str, Drawing]:
     try:
         found = PARSERS[kind][1](path)
         return {Path(name).with_suffix("").as_posix(): one for name, one in found.items()}
-    except (ValueError, KeyError, TypeError, IndexError, OSError, ElementTree.ParseError) as error:
+    except (*BROKEN, RecursionError, OSError, ElementTree.ParseError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: can't be read as a file of {kind} ({reason})") from None
 

@@ -19,11 +19,12 @@ MISSING_C = (
 def refusal(root: Path, **changes: object) -> list[str]:
     """The lines of the refusal, below `root`; checks that nothing is left."""
     folder = root / "prepared"
-    with pytest.raises(ValueError, match="problems in the data set") as caught:
+    with pytest.raises(ValueError, match=r"problems? in the data set") as caught:
         prepare(data_params(root, **changes), folder, lambda done, total: None)
     assert list(folder.iterdir()) == []
     first, *lines = str(caught.value).splitlines()
-    assert first == f"{root}: {len(lines)} problems in the data set:"
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    assert first == f"{root}: {count} in the data set:"
     return [line.strip().replace(f"{root}/", "") for line in lines]
 
 
