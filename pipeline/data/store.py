@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from threading import Thread
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,7 +148,7 @@ class Store:
             if not path.is_file():
                 raise InputError(f"{path} is missing; {REBUILD}")
             if path.stat().st_size != size:
-                _refuse(path, f"{path.stat().st_size} bytes instead of {size}")
+                raise _damaged(path, f"{path.stat().st_size} bytes instead of {size}")
         self.name = index.name
         self.classes, self.palette = index.classes, index.palette
         self.ignore_index, self.exif = index.ignore_index, index.exif
@@ -233,7 +233,7 @@ class Verification:
         if self._problems:
             path = min(self._problems)
             more = f", and {counted(len(self._problems) - 1, 'other')}"
-            _refuse(path, self._problems[path] + more * (len(self._problems) > 1))
+            raise _damaged(path, self._problems[path] + more * (len(self._problems) > 1))
 
 
 def spread(total: int, count: int) -> NDArray[np.intp]:
@@ -256,21 +256,25 @@ def _read_index(path: Path) -> Index:
     if not path.is_file():
         raise InputError(f"{path} is missing; run `dvc repro prepare` first")
     content = path.read_bytes()
+    length = len(SEAL.format("0" * 32))
+    text, seal = content[:-length], content[-length:]
+    reason = "its content doesn't have the md5 that it ends with"
+    if seal == SEAL.format(hashlib.md5(text).hexdigest()).encode():
+        try:
+            index = Index.model_validate_json(text + b"}")
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
+        else:
+            check_format({"format": index.format}, path, REBUILD)
+            return index
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        _refuse(path, f"it can't be read as JSON ({error})")
-    check_format(found if isinstance(found, dict) else {}, path, REBUILD)
-    length = len(SEAL.format("0" * 32))
-    text, seal = content[:-length], content[-length:]
-    if seal != SEAL.format(hashlib.md5(text).hexdigest()).encode():
-        _refuse(path, "its content doesn't have the md5 that it ends with")
-    try:
-        return Index.model_validate_json(text + b"}")
-    except ValidationError as error:
-        first = error.errors()[0]
-        _refuse(path, f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip())
+        raise _damaged(path, f"it can't be read as JSON ({error})") from None
+    check_format(found if isinstance(found, dict) else {}, path, REBUILD)  # the likelier reason
+    raise _damaged(path, reason)
 
 
-def _refuse(path: Path, reason: str) -> NoReturn:
-    raise InputError(f"{path} is not as `prepare` wrote it: {reason}; {REBUILD}")
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(f"{path} is not as `prepare` wrote it: {reason}; {REBUILD}")
