@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
+from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from pipeline.data.store import Array
@@ -81,13 +82,35 @@ def _drawn(
         given: Any = [
             (np.reshape(one, (-1, 2)) * whole).ravel().tolist() for one in outlines if len(one) > 4
         ]
+        if not all(_is_near(one, size) for one in given):
+            raise InputError(f"an outline of {label!r} leads far out of the image")
         if runs is not None:
             given = dict(runs)
+            if tuple(given["size"]) != size:
+                raise InputError(f"{label!r} is drawn on {given['size']} pixels, not {list(size)}")
         if given:
-            found = coco_mask.frPyObjects(given, height, width) if _uncounted(given) else given
-            merged = coco_mask.merge(found) if isinstance(found, list) else found
-            ids[coco_mask.decode(merged) > 0] = place
+            ids[_mask(given, size)] = place
     return ids
+
+
+def _is_near(outline: Outline, size: tuple[int, int]) -> bool:
+    """Whether no point is farther from the image than the image is long.
+
+    The memory that drawing takes grows with the length of an outline.
+    """
+    points = np.reshape(outline, (-1, 2))
+    far = np.array(size[::-1])
+    return bool((np.isfinite(points) & (points >= -far) & (points <= 2 * far)).all())
+
+
+def _mask(given: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The pixels (H,W) of outlines, or of runs as COCO counts them."""
+    try:
+        found = coco_mask.frPyObjects(given, *size) if _uncounted(given) else given
+        merged = coco_mask.merge(found) if isinstance(found, list) else found
+        return np.asarray(coco_mask.decode(merged) > 0)
+    except Exception as error:  # pycocotools knows no narrower one
+        raise ValueError(str(error)) from None
 
 
 def _uncounted(given: Any) -> bool:

@@ -573,6 +573,13 @@ BOMB = "<!DOCTYPE a [<!ENTITY a0 'aaaaaaaaaa'>" + "".join(
 )
 
 
+COCO = (
+    '{"images": [{"id": 1, "file_name": "a.png", "height": 12, "width": 16}], "categories": '
+    '[{"id": 3, "name": "b"}], "annotations": [{"image_id": 1, "category_id": 3, '
+    '"segmentation": %s}]}'
+)
+
+
 @pytest.mark.parametrize(
     ("kind", "file", "content"),
     [
@@ -591,10 +598,14 @@ BOMB = "<!DOCTYPE a [<!ENTITY a0 'aaaaaaaaaa'>" + "".join(
             '"imageHeight": 12, "imageWidth": 16}',
         ),
         ("yolo", "a.txt", "0 0.1 0.1 0.5 0.5 0.5 0.1 0.7"),
+        ("yolo", "a.txt", "0 0.1 0.1 1e9 0.5 0.5 0.1"),
+        ("yolo", "a.txt", "0 0.1 0.1 nan 0.5 0.5 0.1"),
+        ("coco", "a.json", COCO % '{"size": [100000000, 100], "counts": [1, 9]}'),
+        ("coco", "a.json", COCO % '{"size": [12, 16], "counts": "0Q1`0o4"}'),
     ],
 )
 def test_outlines_that_are_none_are_refused(kind: str, file: str, content: str, tmp_path: Path):
-    """Row 24: entities and depths that explode, a size of billions, coordinates without a pair."""
+    """Row 24: entities and depths that explode, sizes of billions, points far out, no outlines."""
     pair(tmp_path, "a")
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / file).write_text(content)

@@ -13,6 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from pipeline.errors import InputError
 Rng = np.random.Generator
 RIGHT, REFUSED, ELSE = "accepted and right", "refused with a message", "anything else"
 LONGEST = 30  # seconds of one case
+VALUES = (None, True, -1, 0, 1, 255, 2**31, 2**70, 0.5, "", "train", "../x", "\x1b", [], [0], {})
 
 
 def mutated(content: bytes, rng: Rng) -> bytes:
@@ -47,6 +49,25 @@ def mutated(content: bytes, rng: Rng) -> bytes:
             case _:
                 del data[place:]
     return bytes(data)
+
+
+def forge(tree: Any, rng: Rng) -> None:
+    """Give another value to something that lies somewhere in a tree of JSON, or take it away."""
+    place: Any = tree
+    while True:
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        key = keys[int(rng.integers(len(keys)))]
+        inner = place[key]
+        if not isinstance(inner, dict | list) or not inner or rng.random() < 0.1:
+            break
+        place = inner
+    match rng.integers(0, 4):
+        case 0:
+            del place[key]
+        case 1 if isinstance(inner, int):
+            place[key] = inner + int(rng.integers(-3, 4))
+        case _:
+            place[key] = VALUES[int(rng.integers(len(VALUES)))]
 
 
 def main(attempt: Callable[[Rng], str]) -> None:

@@ -13,11 +13,10 @@ from unittest import mock
 from pipeline.data import audit
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import INDEX, SEAL, Store
-from tests.fuzz.door import RIGHT, Rng, main, mutated
+from tests.fuzz.door import RIGHT, Rng, forge, main, mutated
 from tests.unit.pairs import data_params, labels, photo, write
 
 FORGED = "accepted with an md5 that fits, and every record is there"
-VALUES = (None, True, -1, 0, 1, 255, 2**31, 2**70, 0.5, "", "train", "../x", "\x1b", [], [0], {})
 
 
 def make(root: Path) -> Path:
@@ -37,25 +36,6 @@ def content(store: Store) -> Any:
     said = {name: value for name, value in vars(store).items() if name != "folder"}
     splits = [store.split(name) for name in SPLITS]
     return said, [array.tobytes() for split in splits for record in split for array in record]
-
-
-def forge(index: Any, rng: Rng) -> None:
-    """Give another value to something that lies somewhere in the index, or take it away."""
-    place: Any = index
-    while True:
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-        key = keys[int(rng.integers(len(keys)))]
-        inner = place[key]
-        if not isinstance(inner, dict | list) or not inner or rng.random() < 0.1:
-            break
-        place = inner
-    match rng.integers(0, 4):
-        case 0:
-            del place[key]
-        case 1 if isinstance(inner, int):
-            place[key] = inner + int(rng.integers(-3, 4))
-        case _:
-            place[key] = VALUES[int(rng.integers(len(VALUES)))]
 
 
 def attempt(whole: Path, expected: Any, rng: Rng) -> str:
