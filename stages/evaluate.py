@@ -23,7 +23,8 @@ from pipeline.params import flatten, plain
 from pipeline.prediction.calibration import calibrated
 from pipeline.prediction.model import build_predictor, describe, describe_file
 from pipeline.provenance import dvc_tags, git_tags, rebuild_commands
-from pipeline.tracking import INTERVAL_TAG, open_evaluation_run
+from pipeline.tracking.store import INTERVAL_TAG
+from pipeline.tracking.tracker import open_evaluation_run
 from pipeline.training.checkpoint import Checkpoint, load_checkpoint
 from pipeline.training.state import Identity, State, evaluation_code, evaluation_fingerprint
 from stages import keep_freed_memory, run_main
@@ -218,6 +219,7 @@ def record(
     tracker = open_evaluation_run(
         params.tracking,
         identity["run_id"],
+        identity["run_key"],
         fingerprint=fingerprint,
         name=f"evaluation-{fingerprint[:8]}",
         parameters=flatten(logged),

@@ -28,7 +28,7 @@ from pipeline.params import flatten, plain
 from pipeline.precision import PRECISIONS, Normalization
 from pipeline.prediction.calibration import fit_temperature
 from pipeline.provenance import PARAMS, changed_params, dvc_tags, git_tags, run_name
-from pipeline.tracking import Tracker, open_training_run, tracked
+from pipeline.tracking.tracker import Tracker, open_training_run, tracked
 from pipeline.training.checkpoint import (
     Best,
     Checkpoint,
@@ -304,7 +304,7 @@ def open_run(params: Params, store: Store, state: State, progress: Progress) -> 
         del tags["world_size"]  # of the processes that trained it, which these are not
     tracker = open_training_run(
         params.tracking,
-        state.run_id,
+        state.run_key,
         state.remember_run,
         name=name,
         parameters=flatten(parameters),
@@ -366,7 +366,8 @@ def record_outputs(
     work_dir = Path(params.train.work_dir)
     identity = Identity(
         format=FORMAT,
-        run_id=tracker.run_id or state.run_id,  # an attempt may have opened it before this one
+        run_id=tracker.run_id,
+        run_key=tracker.key or state.run_key,  # an attempt may have opened it before this one
         fingerprint=state.fingerprint,
         code=code,
         weights=hashes,

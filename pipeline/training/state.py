@@ -74,13 +74,15 @@ class Saved(TypedDict):
 class Identity(TypedDict):
     """The content of run.json: which training made the files beside it.
 
-    `run_id` is that of its MLflow run, null where it was tracked nowhere. `code` is a digest of the
-    code and of the files of weights that it started from. `weights` has the md5 of the weights
-    after 1, 10, 100, ... iterations and at the end, `machine` what they were computed on.
+    `run_id` is that of its MLflow run, null where MLflow has not told it yet, and `run_key` our own
+    name of the run, null where it was tracked nowhere. `code` is a digest of the code and of the
+    files of weights that it started from. `weights` has the md5 of the weights after 1, 10, 100,
+    ... iterations and at the end, `machine` what they were computed on.
     """
 
     format: int
     run_id: str | None
+    run_key: str | None
     fingerprint: str
     code: str
     weights: dict[str, str]
@@ -176,7 +178,7 @@ class State:
         self.folder = main_checkout() / ".dvc" / "tmp" / "instep" / fingerprint
         self.log = self.folder / "train.log"
         self._state = self.folder / "state.pt"
-        self._run_id = self.folder / "run_id"
+        self._run_key = self.folder / "run_key"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -289,13 +291,13 @@ class State:
         return self.folder / f"best-{best['iteration']}.pt" if best else None
 
     @property
-    def run_id(self) -> str | None:
-        """The MLflow run of this training, if one was opened."""
-        return self._run_id.read_text() if self._run_id.is_file() else None
+    def run_key(self) -> str | None:
+        """The key of this training's MLflow run, if one was begun."""
+        return self._run_key.read_text() if self._run_key.is_file() else None
 
-    def remember_run(self, run_id: str) -> None:
-        """Keep the MLflow run of this training, whatever happens next."""
-        write_atomically(self._run_id, lambda file: file.write(run_id.encode()))
+    def remember_run(self, key: str) -> None:
+        """Keep the key of this training's MLflow run, whatever happens next."""
+        write_atomically(self._run_key, lambda file: file.write(key.encode()))
 
 
 class Writer:
