@@ -174,18 +174,29 @@ class Patience:
                 os.environ[LIMIT] = cls._given
 
 
+def quiet() -> None:
+    """Have MLflow print nothing, and report its use to nobody."""
+    for name, value in (
+        ("MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+        ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
+    ):
+        os.environ.setdefault(name, value)
+    import mlflow  # noqa: F401  # which sets the levels of its loggers
+
+    for name in ("alembic", "mlflow", "urllib3"):  # they tell in many lines what we say in one
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def connect(uri: str, experiment: str) -> "tuple[MlflowClient, str]":
     """A client of the store, and the experiment's id there.
 
     Raises:
         TimeoutError: another process has been creating the tables for OPENING.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it reports its use to its makers
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    quiet()
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow", "urllib3"):  # they tell in many lines what we say in one
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     if uri.startswith("http"):
         client = MlflowClient(uri)
         return client, _experiment(client, experiment)

@@ -31,6 +31,7 @@ from pipeline.tracking.store import (
     EVALUATION_TAG,
     Patience,
     TrackingParams,
+    quiet,
     store_uri,
     without_password,
 )
@@ -153,6 +154,8 @@ class MlflowTracker(Tracker):
             self._trouble, pause = "", RETRY
             if self._delivery.run_id:
                 self._settled.set()
+                if self._others.ident is None:
+                    self._others.start()
             if sent:
                 continue
             if ended:
@@ -160,8 +163,6 @@ class MlflowTracker(Tracker):
                 self._spool.forget_sent()
                 self._done.set()
                 return pause
-            if self._others.ident is None:
-                self._others.start()
             self._news.wait()
             self._news.clear()
 
@@ -412,8 +413,7 @@ def _start(
 
 def _open(spool: Spool, start: Start, uri: str) -> Tracker:
     try:
-        import mlflow  # noqa: F401  # here, and not in a thread beside a training that begins
-
+        quiet()  # imports MLflow here, and not in a thread beside a training that begins
         Patience.begin()
         return MlflowTracker(spool, start, uri)
     except (ImportError, OSError) as error:

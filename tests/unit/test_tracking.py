@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +43,12 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(
     tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, caplog: object
 ) -> Path:
-    """A main checkout whose store is empty; ends of runs wait for a second where that fails."""
+    """A main checkout whose store is empty; ends of runs wait two seconds where that fails."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
-    monkeypatch.setattr(tracking, "HASTE", 1.0)
+    monkeypatch.setattr(tracking, "HASTE", 2.0)
     monkeypatch.setattr(tracking, "RETRY", 0.1)
     caplog.set_level(logging.INFO, "instep")
     shutil.copyfile(empty_store, tmp_path / "mlflow.db")
@@ -101,6 +102,13 @@ def points(folder: Path) -> Counter[tuple[str, int]]:
     """Metric and step of all points but the machine's load, each with how often it is there."""
     sampled = "key LIKE 'system/%' AND key != 'system/images_per_second'"
     return Counter(rows(folder, f"SELECT key, step FROM metrics WHERE NOT ({sampled})"))
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, method: str, times: int = 1000) -> list[str]:
@@ -275,14 +283,12 @@ def test_what_a_store_that_fails_as_a_run_is_opened_has_missed_is_sent_later(
         tracker.log({"iteration": 1, "val/mean_iou": 0.5})
         tracker.finish("FINISHED")
         _, line = caplog.messages
+    wait_until(lambda: len(waiting_spools()) == 1)
     (spool,) = waiting_spools()
     assert "1 point, its parameters and tags, its end of this run wait in" in line
     assert f"{spool.folder}: the disk of the store is full; the next run sends them" in line
     start(folder, "next").finish("FINISHED")
-    deadline = time.monotonic() + 20
-    while waiting_spools() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not waiting_spools()
+    wait_until(lambda: not waiting_spools())
     assert points(folder) == {("val/mean_iou", 1): 1}
 
 
@@ -308,9 +314,7 @@ def test_what_waits_is_said_in_one_line(
 ) -> None:
     tracker = start(folder)
     tracker.log({"iteration": 1, "val/mean_iou": 0.5})
-    deadline = time.monotonic() + 20
-    while not points(folder) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: bool(points(folder)))
     for method in ("log_batch", "set_terminated", "log_artifact", "log_artifacts"):
         broken(monkeypatch, method)
     for iteration in range(2, 9):
