@@ -14,8 +14,7 @@ from pipeline.params import differing
 from pipeline.provenance import first_of
 from pipeline.reproduction import commands, verify
 from pipeline.tracking.delivery import deliver, told_of, waiting_spools
-from pipeline.tracking.names import one_line
-from pipeline.tracking.store import INTERVAL_TAG, Patience, TrackedRun, find_runs
+from pipeline.tracking.store import INTERVAL_TAG, Patience, TrackedRun, find_runs, reason
 from stages import run_main
 
 NAMED = 4  # differing parameters in a line
@@ -83,7 +82,7 @@ def sync(uri: str | None) -> None:
                 print(f"run {spool.key}: another process is sending {told}")
         except Exception as error:
             failed += 1
-            print(f"run {spool.key}: {told} still wait in {spool.folder}: {one_line(error)}")
+            print(f"run {spool.key}: {told} still wait in {spool.folder}: {reason(error)}")
     if failed:
         raise InputError(
             "what is above could not be sent; try again, or name another "

@@ -53,13 +53,15 @@ KEPT_DAYS = 30  # what MLflow has of an unfinished training is kept here for so 
 class Target:
     """The run that a session goes to, as MLflow had it when it was asked, and what it got since.
 
-    `last` is each metric's last step; `steps` all of its steps, of metrics that were asked for.
+    `last` is each metric's last step, `held` are all steps that the run had, of metrics that were
+    asked for, and `added` those that it got.
     """
 
     run: "Run"
     new: bool
     last: dict[str, int] = field(default_factory=dict)
-    steps: dict[str, set[int]] = field(default_factory=dict)
+    held: dict[str, set[int]] = field(default_factory=dict)
+    added: dict[str, set[int]] = field(default_factory=dict)
 
     @property
     def run_id(self) -> str:
@@ -264,12 +266,9 @@ class Delivery:
             if record.kind == "points"
             for metric, value in record.content["values"].items()
         ]
-        new = [point for point in points if _is_new(client, target, point)]
+        new = [point for point in points if _added(client, target, point)]
         told = chain.from_iterable(r.content.items() for r in records if r.kind == "tags")
         _log_batch(client, target.run_id, [*new, *(RunTag(*tag) for tag in told)])
-        for point in new:
-            target.last[point.key] = max(point.step, target.last.get(point.key, point.step))
-            target.steps.get(point.key, set()).add(point.step)
 
 
 def deliver(spool: Spool, uri: str | None = None) -> bool:
@@ -340,22 +339,26 @@ def _batch(session: Session, mark: Mark) -> Iterator[Record]:
         yield record
 
 
-def _is_new(client: "MlflowClient", target: Target, point: "Metric") -> bool:
-    """Whether the run lacks this point, by as few requests as possible.
+def _added(client: "MlflowClient", target: Target, point: "Metric") -> bool:
+    """Add a point to what the run is known to hold; False where it is there already.
 
-    Since points arrive in order, those after a metric's last step are missing. Those before it
-    are there, if all attempts at a training log the metric at the same steps. Of other metrics,
-    which are few, the store is asked for all steps, once.
+    By as few requests as possible: since points arrive in order, those after a metric's last step
+    are missing. Those before it are there, if all attempts at a training log the metric at the same
+    steps. Of other metrics, which are few, the store is asked for all steps, once.
     """
+    added = target.added.setdefault(point.key, set())
     last = target.last.get(point.key)
-    if last is None or point.step > last:
-        return True
-    if point.key.startswith(SCORES):
-        return False
-    if point.key not in target.steps:
-        history = client.get_metric_history(target.run_id, point.key)
-        target.steps[point.key] = {held.step for held in history}
-    return point.step not in target.steps[point.key]
+    if last is not None and point.step <= last:
+        if point.key.startswith(SCORES) or point.step in added:
+            return False
+        if point.key not in target.held:
+            history = client.get_metric_history(target.run_id, point.key)
+            target.held[point.key] = {held.step for held in history}
+        if point.step in target.held[point.key]:
+            return False
+    target.last[point.key] = point.step if last is None else max(last, point.step)
+    added.add(point.step)
+    return True
 
 
 def _log_batch(

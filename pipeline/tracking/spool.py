@@ -205,9 +205,11 @@ class Session:
 
     @property
     def mark(self) -> Mark:
-        """How far MLflow has taken it; a mark that is damaged says nothing."""
+        """How far MLflow has taken it; a mark that is damaged or of a longer file says nothing."""
         with suppress(OSError, ValueError):
-            return Mark(*_parse(self._mark.read_bytes().rstrip(b"\n")))
+            mark = Mark(*_parse(self._mark.read_bytes().rstrip(b"\n")))
+            if max(mark.position, mark.files) <= self.path.stat().st_size:
+                return mark
         return Mark()
 
     def set_mark(self, mark: Mark) -> None:

@@ -222,6 +222,20 @@ def store_uri(params: TrackingParams) -> str:
     return f"sqlite:///{main_checkout() / relative[1]}" if relative else uri
 
 
+def reason(error: Exception) -> str:
+    """Why MLflow has not done what was asked for, in one line."""
+    import requests
+
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, requests.exceptions.Timeout):
+            return "no answer in time"
+        if isinstance(link, requests.exceptions.ConnectionError):
+            return "no connection"
+        link = link.__cause__ or link.__context__
+    return one_line(error)
+
+
 def without_password(uri: str) -> str:
     """The URI as it may be shown and kept."""
     return re.sub(r"(?<=://)[^/@]*@", "", uri)

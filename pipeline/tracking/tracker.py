@@ -32,6 +32,7 @@ from pipeline.tracking.store import (
     Patience,
     TrackingParams,
     quiet,
+    reason,
     store_uri,
     without_password,
 )
@@ -147,7 +148,7 @@ class MlflowTracker(Tracker):
             try:
                 sent = self._delivery.send()
             except Exception as error:  # a broken store must not end a training
-                self._say_trouble(one_line(error))
+                self._say_trouble(reason(error))
                 return min(2 * pause, LONGEST_RETRY)
             if self._trouble:
                 log.info("MLflow has taken what waited")
@@ -166,15 +167,15 @@ class MlflowTracker(Tracker):
             self._news.wait()
             self._news.clear()
 
-    def _say_trouble(self, reason: str) -> None:
+    def _say_trouble(self, why: str) -> None:
         if not self._trouble:
             log.warning(
                 "MLflow at %s takes nothing: %s; what is logged waits in %s",
                 without_password(self._uri),
-                reason,
+                why,
                 self._spool.folder,
             )
-        self._trouble = reason
+        self._trouble = why
         self._settled.set()
 
     def _send_others(self) -> None:
@@ -184,9 +185,7 @@ class MlflowTracker(Tracker):
                 if spool.key != self._spool.key and deliver(spool, self._uri):
                     log.info("MLflow has taken what waited of an earlier run, %s", spool.key)
             except Exception as error:
-                log.warning(
-                    "%s still wait in %s: %s", told_of(spool), spool.folder, one_line(error)
-                )
+                log.warning("%s still wait in %s: %s", told_of(spool), spool.folder, reason(error))
                 return
 
     def _sample(self) -> None:
@@ -418,6 +417,6 @@ def _open(spool: Spool, start: Start, uri: str) -> Tracker:
         return MlflowTracker(spool, start, uri)
     except (ImportError, OSError) as error:
         missing = isinstance(error, ImportError) and error.name == "mlflow"
-        reason = "MLflow is not installed" if missing else one_line(error)
-        log.warning("this run is tracked nowhere: %s", reason)
+        why = "MLflow is not installed" if missing else one_line(error)
+        log.warning("this run is tracked nowhere: %s", why)
         return Tracker()

@@ -14,7 +14,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.tracking import tracker as tracking
 from pipeline.tracking.delivery import waiting_spools
-from pipeline.tracking.spool import spools_folder
+from pipeline.tracking.spool import all_spools, spools_folder
 from pipeline.tracking.store import TrackingParams
 from pipeline.tracking.tracker import Tracker, open_evaluation_run, open_training_run
 from stages.runs import sync
@@ -128,6 +128,15 @@ def synced(folder: Path, proxy: Proxy, code: int = 0) -> str:
     return done.stdout
 
 
+def sync_here(proxy: Proxy) -> None:
+    """The same in this process, when no thread of a tracker is left in it."""
+    deadline = time.monotonic() + 30
+    while any(session.live for spool in all_spools() for session in spool.sessions()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    sync(proxy.uri)
+
+
 def nothing_is_left() -> bool:
     return not waiting_spools() and not [*spools_folder().iterdir()]
 
@@ -172,13 +181,13 @@ def test_a_server_that_is_away_all_the_time_is_told_afterwards(
     assert last.endswith("the next run sends them, or `python -m stages.runs --sync` does")
 
     with pytest.raises(InputError, match="MLFLOW_TRACKING_URI"):
-        sync(proxy.uri)
+        sync_here(proxy)
     assert f"{waiting} still wait in {folder}" in capsys.readouterr().out
     proxy.back()
     assert synced(tmp_path, proxy) == f"sent {waiting} of run {folder.name}\n"
     assert server.content("away") == [undisturbed]
     assert nothing_is_left()
-    sync(proxy.uri)
+    sync_here(proxy)
     assert capsys.readouterr().out == "nothing waits: MLflow has all that was logged\n"
 
 
@@ -196,7 +205,7 @@ def test_a_server_that_never_answers_delays_neither_start_nor_end(
     assert time.monotonic() - began < tracking.HASTE + 2 * 2 + 2  # two answers, and a margin
     assert server.content("mute") == []
     proxy.back()
-    sync(proxy.uri)
+    sync_here(proxy)
     assert server.content("mute") == [undisturbed]
     assert nothing_is_left()
 
@@ -258,7 +267,7 @@ def test_a_batch_of_points_whose_answer_gets_lost_is_there_once(
     work(tracker)
     end(tracker, tmp_path)
     assert count > 3
-    sync(proxy.uri)
+    sync_here(proxy)
     assert server.content("lost points") == [undisturbed]
 
 
@@ -382,7 +391,7 @@ def test_an_evaluation_finds_the_run_that_was_told_of_later(
         evaluation.log_result(0.5 + number, {}, "**good**")
         evaluation.finish("FINISHED")
     proxy.back()
-    sync(proxy.uri)
+    sync_here(proxy)
     first, second = server.content("evaluated")
     assert first["name"] == "0.5000 unet (first)"
     assert first["points"] == [("test/mean_iou", 0, 0.5), ("train/loss", 1, 0.5)]
@@ -459,5 +468,5 @@ def test_a_server_that_is_restarted_at_the_end_loses_nothing(
     end(tracker, tmp_path)
     assert len(waiting_spools()) <= 1
     server.start()
-    sync(proxy.uri)
+    sync_here(proxy)
     assert server.content("restarted") == [undisturbed]

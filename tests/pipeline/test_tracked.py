@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
@@ -49,9 +50,9 @@ def wait_for_points(project: Path, step: int, process: "subprocess.Popen[bytes]"
 
 
 def last_step(project: Path) -> int:
-    if not list(project.glob(".dvc/tmp/instep/*/run_key")):  # the store may still be without tables
-        return 0
-    return query(project, "SELECT max(step) FROM metrics WHERE key = 'train/loss'")[0][0] or 0
+    with suppress(sqlite3.OperationalError):  # there may be no table yet
+        return query(project, "SELECT max(step) FROM metrics WHERE key = 'train/loss'")[0][0] or 0
+    return 0
 
 
 def stage_of(process: "subprocess.Popen[bytes]") -> psutil.Process:
