@@ -1,6 +1,6 @@
 """MLflow's registry of models: an exported network becomes a version, the best one has the alias.
 
-As in `tracking.py`, no failure of the store ends a stage: it is said in a line.
+As in `tracking/`, no failure of the store ends a stage: it is said in a line.
 """
 
 import base64

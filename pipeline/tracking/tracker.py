@@ -361,7 +361,7 @@ def open_training_run(
     if key is None:
         key = new_key()
         remember(key)
-    start = _start(params, name, parameters, tags, dataset)
+    start = _start(params, name, parameters, tags=tags, dataset=dataset)
     tracker = _open(Spool(key), start, store_uri(params))
     tracker.wait(OPENING)
     return tracker
@@ -384,7 +384,7 @@ def open_evaluation_run(
     """
     key = valid(key)
     tags = tags | {EVALUATION_TAG: fingerprint}
-    start = _start(params, name, parameters, tags, dataset)
+    start = _start(params, name, parameters, tags=tags, dataset=dataset)
     start |= {"evaluation": fingerprint, "run_id": run_id, "training": key}
     return _open(Spool(key or new_key()), start, store_uri(params))
 
@@ -393,6 +393,7 @@ def _start(
     params: TrackingParams,
     name: str,
     parameters: Mapping[str, Any],
+    *,
     tags: dict[str, str],
     dataset: tuple[str, str, str],
 ) -> Start:
