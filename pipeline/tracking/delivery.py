@@ -99,13 +99,21 @@ class Delivery:
             raise
 
     def _send(self) -> bool:
-        sessions = [
-            session
-            for session in self._spool.sessions()
-            if (self._own and session.path == self._own.path) or not session.live
-        ]
+        sessions = [*self._sessions()]
         # Files last: where they go may be another server, and be away when this one is not.
         return any(map(self._send_words, sessions)) or any(map(self._send_file, sessions))
+
+    def _sessions(self) -> Iterator[Session]:
+        """Those to be sent from here, in order.
+
+        Raises:
+            TimeoutError: an attempt at the training, before that of this process, has not ended.
+        """
+        for session in self._spool.sessions():
+            if (self._own is not None and session.path == self._own.path) or not session.live:
+                yield session
+            elif session.of_training and self._own is not None:
+                raise TimeoutError("an earlier attempt at the training is still ending")
 
     def _send_words(self, session: Session) -> bool:
         """Send a session's next records that are no files; says whether there were any."""

@@ -51,6 +51,7 @@ OPENING = 3.0  # a training's start waits no longer for its run to be opened
 PATIENCE = 60.0  # a stage's end waits no longer for MLflow to take the rest
 HASTE = 5.0  # nor so long where MLflow takes nothing, or after a signal: SIGKILL may follow
 RETRY, LONGEST_RETRY = 1.0, 10.0  # from one try to the next: each time twice as long
+GATHERING = 0.5  # what is logged within it is sent together
 MOMENT = 0.05
 SYNC = "python -m stages.runs --sync"
 
@@ -166,6 +167,7 @@ class MlflowTracker(Tracker):
                 return pause
             self._news.wait()
             self._news.clear()
+            self._ended.wait(GATHERING)
 
     def _say_trouble(self, why: str) -> None:
         if not self._trouble:
@@ -357,6 +359,8 @@ def open_training_run(
     dataset: its name, its md5 and where it lies. MLflow is waited for so that a run is usually
     open when this returns; where MLflow is not installed the result tracks nothing.
     """
+    if not _installed():
+        return Tracker()
     key = valid(key)
     if key is None:
         key = new_key()
@@ -382,6 +386,8 @@ def open_evaluation_run(
     The training's own, which has this id or key, for its first evaluation; for any other, and where
     MLflow lacks that run, one below it. Where MLflow is not installed the result tracks nothing.
     """
+    if not _installed():
+        return Tracker()
     key = valid(key)
     tags = tags | {EVALUATION_TAG: fingerprint}
     start = _start(params, name, parameters, tags=tags, dataset=dataset)
@@ -411,13 +417,22 @@ def _start(
     )
 
 
+def _installed() -> bool:
+    """Import MLflow: here, and not in a thread beside a training that begins."""
+    try:
+        quiet()
+    except ImportError as error:
+        missing = error.name == "mlflow"
+        why = "MLflow is not installed" if missing else f"MLflow can't be used: {one_line(error)}"
+        log.warning("this run is tracked nowhere, %s", why)
+        return False
+    Patience.begin()
+    return True
+
+
 def _open(spool: Spool, start: Start, uri: str) -> Tracker:
     try:
-        quiet()  # imports MLflow here, and not in a thread beside a training that begins
-        Patience.begin()
         return MlflowTracker(spool, start, uri)
-    except (ImportError, OSError) as error:
-        missing = isinstance(error, ImportError) and error.name == "mlflow"
-        why = "MLflow is not installed" if missing else one_line(error)
-        log.warning("this run is tracked nowhere: %s", why)
+    except OSError as error:
+        log.warning("this run is tracked nowhere, its spool can't be written: %s", one_line(error))
         return Tracker()

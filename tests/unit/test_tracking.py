@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import shutil
 import sqlite3
@@ -16,15 +17,23 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 from mlflow.utils.validation import _validate_metric_name
 from PIL import Image
 
+from pipeline.tracking import delivery
 from pipeline.tracking import tracker as tracking
 from pipeline.tracking.delivery import waiting_spools
 from pipeline.tracking.names import curve_of, metric_name
+from pipeline.tracking.spool import all_spools, spools_folder, valid
 from pipeline.tracking.store import TrackingParams, find_runs
-from pipeline.tracking.tracker import Tracker, open_evaluation_run, open_training_run, tracked
+from pipeline.tracking.tracker import (
+    MlflowTracker,
+    Tracker,
+    open_evaluation_run,
+    open_training_run,
+    tracked,
+)
 from tests.project import REPOSITORY, environment
 
 PARAMS = TrackingParams(uri=None, experiment="tests", log_interval=1)
@@ -328,6 +337,96 @@ def test_what_waits_is_said_in_one_line(
     tracker.finish("FINISHED")
     _, line = caplog.messages
     assert line.startswith("14 points, 3 files, its end of this run wait in")
+
+
+def test_what_the_store_refuses_for_good_holds_up_nothing_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = MlflowClient.log_batch
+
+    def picky(client: MlflowClient, run_id: str, **given: list) -> None:
+        if any("bad" in one.key for kind in given.values() for one in kind):
+            raise MlflowException("no such names", error_code=INVALID_PARAMETER_VALUE)
+        real(client, run_id, **given)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", picky)
+    tracker = start(folder, bad="tag", good="tag")
+    for iteration in range(1, 8):
+        tracker.log({"iteration": iteration, "val/mean_iou": 0.5, f"val/bad{iteration}": 0.5})
+    tracker.finish("FINISHED")
+    assert points(folder) == {("val/mean_iou", iteration): 1 for iteration in range(1, 8)}
+    assert ("good", "tag") in rows(folder, "SELECT key, value FROM tags")
+    assert rows(folder, "SELECT status FROM runs") == [("FINISHED",)]
+    assert sum("refuses" in line and "bad" in line for line in caplog.messages) == 8
+
+
+def test_a_lost_spool_makes_no_point_twice(folder: Path) -> None:
+    tracker = start(folder)
+    history = [{"iteration": i, "train/loss": 1.0, "val/mean_iou": 0.5} for i in range(1, 5)]
+    for steps in (4, 6):
+        for entry in [*history, {"iteration": 6, "train/loss": 0.5}][:steps]:
+            tracker.log(entry)
+        tracker.finish("KILLED")
+        shutil.rmtree(spools_folder())
+        tracker = start(folder)
+    tracker.finish("FINISHED")
+    assert set(points(folder).values()) == {1}
+    assert len(points(folder)) == 9
+
+
+def test_a_full_disk_delays_what_is_told_and_loses_nothing(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = start(folder)
+    assert isinstance(tracker, MlflowTracker)
+    writer = tracker._writer
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        real, writer._file = writer._file, full
+        for iteration in range(1, 4):
+            tracker.log({"iteration": iteration, "val/mean_iou": 0.5})
+        writer._file = real
+    tracker.log({"iteration": 4, "val/mean_iou": 0.5})
+    tracker.finish("FINISHED")
+    assert points(folder) == {("val/mean_iou", iteration): 1 for iteration in range(1, 5)}
+    (line,) = caplog.messages
+    assert "No space left on device" in line
+
+
+def test_without_mlflow_nothing_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    for tracker in (start(folder), evaluate(None)):
+        tracker.log({"iteration": 1, "val/mean_iou": 0.5})
+        tracker.finish("FINISHED")
+        assert tracker.run_id is None
+    assert caplog.messages == ["this run is tracked nowhere, MLflow is not installed"] * 2
+    assert not spools_folder().exists()
+    assert not (folder / "run_key").exists()
+
+
+def test_a_key_that_is_none_begins_another_run(folder: Path) -> None:
+    (folder / "run_key").write_text("../../elsewhere")
+    start(folder).finish("FINISHED")
+    assert valid((folder / "run_key").read_text())
+    assert rows(folder, "SELECT status FROM runs") == [("FINISHED",)]
+
+
+def test_what_is_told_of_an_old_training_is_forgotten(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(folder).finish("KILLED")
+    (spool,) = all_spools()
+    wait_until(lambda: not any(session.live for session in spool.sessions()))
+    for path in (spool.folder, *spool.folder.iterdir()):
+        os.utime(path, (0, 0))
+    monkeypatch.setattr(delivery, "KEPT_DAYS", 1e6)
+    assert waiting_spools() == []
+    assert spool.sessions()
+    monkeypatch.undo()
+    monkeypatch.setenv("DVC_ROOT", str(folder))
+    assert waiting_spools() == []
+    assert not spool.folder.exists()
 
 
 def test_an_error_in_the_training_fails_its_run(folder: Path) -> None:
