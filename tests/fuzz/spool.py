@@ -230,14 +230,15 @@ def main() -> None:
             shutil.copytree(kept, folder)
             path = folder / rng.choice(names)
             original = path.read_bytes()
-            path.write_bytes(mutated(original, rng))
+            damaged = mutated(original, rng)
+            path.write_bytes(damaged)
+            # What a kill may leave, too: nothing is said of it.
+            whole_lines = damaged.rpartition(b"\n")[0]
+            torn = path.suffix == ".jsonl" and original.startswith(whole_lines)
             connected[0] = store = copy.deepcopy(before)
             warnings.said = False
             try:
                 deliver(Spool(KEY))
-                torn = path.suffix == ".jsonl" and original.startswith(
-                    path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
-                )
                 found = judge(store, truth, warnings.said or torn)
             except Exception:
                 found = traceback.format_exc()
