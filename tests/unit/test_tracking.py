@@ -25,7 +25,7 @@ from pipeline.tracking import delivery
 from pipeline.tracking import tracker as tracking
 from pipeline.tracking.delivery import waiting_spools
 from pipeline.tracking.names import curve_of, metric_name
-from pipeline.tracking.spool import all_spools, spools_folder, valid
+from pipeline.tracking.spool import Spool, Start, all_spools, new_key, spools_folder, valid
 from pipeline.tracking.store import TrackingParams, find_runs
 from pipeline.tracking.tracker import (
     MlflowTracker,
@@ -403,6 +403,32 @@ def test_without_mlflow_nothing_is_kept(
     assert caplog.messages == ["this run is tracked nowhere, MLflow is not installed"] * 2
     assert not spools_folder().exists()
     assert not (folder / "run_key").exists()
+
+
+def test_what_an_attempt_says_comes_after_what_the_one_before_it_said(folder: Path) -> None:
+    key = new_key()
+    (folder / "run_key").write_text(key)
+    about = Start(
+        uri="",
+        experiment="tests",
+        name="run",
+        time=1,
+        params={},
+        tags={},
+        dataset=DATA,
+        evaluation=None,
+        run_id=None,
+        training=None,
+    )
+    before = Spool(key).begin(about)  # of a process that has not ended
+    before.write("points", {"time": 1, "step": 1, "values": {"train/loss": 1.0}})
+    tracker = start(folder)
+    tracker.log({"iteration": 2, "train/loss": 0.5})
+    time.sleep(0.5)
+    assert not points(folder)
+    before.close()
+    tracker.finish("FINISHED")
+    assert points(folder) == {("train/loss", 1): 1, ("train/loss", 2): 1}
 
 
 def test_a_key_that_is_none_begins_another_run(folder: Path) -> None:
