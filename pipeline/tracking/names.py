@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from functools import lru_cache
 
 NAME_LENGTH = 250  # the longest name that MLflow takes
 
@@ -23,6 +24,7 @@ def curve_of(name: str) -> str | None:
     return f"{section}/{kind}/{of}" if kind == "iou" else None
 
 
+@lru_cache(maxsize=10_000)  # for every point again
 def metric_name(name: str) -> str:
     """The name as MLflow takes it: another for every other name, and most of them unchanged.
 

@@ -41,6 +41,7 @@ LINKED = 1_000_000  # bytes: larger files are linked where that is possible, and
 KEYS = r"\d{8}-\d{6}-[0-9a-f]{8}"
 CHUNK = 1 << 20
 DAMAGED = "damaged"
+ENCODER = json.JSONEncoder(separators=(",", ":"))  # in ASCII
 
 
 class Start(TypedDict):
@@ -372,7 +373,7 @@ def _crc_of(path: Path) -> int:
 
 
 def _line(content: Any) -> bytes:
-    text = json.dumps(content, ensure_ascii=True, separators=(",", ":")).encode()
+    text = ENCODER.encode(content).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
