@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.tracking import TrackingParams, open_evaluation_run, open_training_run
+from pipeline.tracking.store import TrackingParams
+from pipeline.tracking.tracker import open_evaluation_run, open_training_run
 from tests.browser import Browser
 from tests.project import REPOSITORY, environment, query
 
