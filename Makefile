@@ -27,7 +27,7 @@ test: $(INSTALLED)
 # Each door of tests/fuzz with so many broken files.
 CASES := 2000
 soak: $(INSTALLED)
-	for door in images targets outlines prepared; do python -m tests.fuzz.$$door --cases $(CASES) || exit; done
+	for door in images targets outlines prepared checkpoints params spool; do python -m tests.fuzz.$$door --cases $(CASES) || exit; done
 
 coverage: $(INSTALLED)
 	coverage erase

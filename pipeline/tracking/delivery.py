@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.errors import counted
 from pipeline.provenance import DVC_TAGS
 from pipeline.tracking.names import metric_name, one_line
 from pipeline.tracking.spool import (
@@ -79,7 +80,6 @@ class Delivery:
 
     def __init__(self, spool: Spool, own: Session | None = None, uri: str | None = None) -> None:
         self.run_id: str | None = None  # of the run that `own` goes to
-        self.run_name = ""
         self._spool = spool
         self._own = own
         self._uri = uri
@@ -161,7 +161,8 @@ class Delivery:
                 log.warning("MLflow refuses %s for good: %s", content["name"], one_line(error))
         else:
             log.warning("%s is damaged: MLflow does not get %s", kept, content["name"])
-        session.set_mark(mark._replace(files=record.end if files[1:] else mark.position))
+        end = record.end if files[1:] else max(record.end, mark.position)
+        session.set_mark(mark._replace(files=end))
         return True
 
     def _store(self, start: Start) -> "tuple[MlflowClient, str]":
@@ -188,7 +189,7 @@ class Delivery:
         last = {point.key: int(point.step) for point in run.data.to_proto().metrics}
         target = self._targets[session.path] = Target(run, new, last)
         if self._own and session.path == self._own.path:
-            self.run_id, self.run_name = target.run_id, str(run.info.run_name)
+            self.run_id = target.run_id
         return target
 
     def _rewound(self) -> bool:
@@ -323,12 +324,10 @@ def told_of(spool: Spool) -> str:
     for session in spool.sessions():
         for what, count in session.waiting().items():
             counts[what] = counts.get(what, 0) + count
-    numbered = [_counted(counts.pop(what), what) for what in ("points", "files") if what in counts]
+    numbered = [
+        counted(counts.pop(what), what[:-1]) for what in ("points", "files") if what in counts
+    ]
     return ", ".join([*numbered, *(f"its {what}" for what in counts)])
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what[:-1] if count == 1 else what}"
 
 
 def _batch(session: Session, mark: Mark) -> Iterator[Record]:
