@@ -72,5 +72,6 @@ def end_of(process: "subprocess.Popen[bytes]", within: float = 120) -> int:
 
 
 def state_of(project: Path) -> Saved:
-    (path,) = (project / ".dvc/tmp/instep").glob("*/state.pt")
-    return torch.load(path, weights_only=True)
+    """That of the last training."""
+    states = (project / ".dvc/tmp/instep").glob("*/state.pt")
+    return torch.load(max(states, key=lambda path: path.stat().st_mtime), weights_only=True)
