@@ -66,12 +66,18 @@ def die_by_signals() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    print(_said(number), file=sys.stderr, flush=True)
+    say(_said(number))
     os._exit(INTERRUPTED)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
     raise Interrupted(_said(number))
+
+
+def say(text: str) -> None:
+    """Put a line on the screen, if it says anything; of several ranks the first does."""
+    if text and os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def _said(number: int) -> str:

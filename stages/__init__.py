@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline.disk import UNWRITABLE, unwritable
 from pipeline.errors import INTERRUPTED, InputError, Interrupted
-from pipeline.interruption import die_by_signals, end_by_signals, raise_by_signals
+from pipeline.interruption import die_by_signals, end_by_signals, raise_by_signals, say
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # of a broken file we say it, with its name
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -62,7 +62,7 @@ def run_main(main: Callable[[], None]) -> None:
     except InputError as error:
         sys.exit(f"error: {error}")
     except Interrupted as ended:
-        print(ended, end="\n" if str(ended) else "", file=sys.stderr, flush=True)
+        say(str(ended))
         sys.exit(INTERRUPTED)
     except OSError as error:
         path = error.filename2 or error.filename
