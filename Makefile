@@ -1,4 +1,5 @@
 # make repro: from a fresh clone to a trained, evaluated, tracked model. make test: the whole test suite.
+# make soak: files broken at random, by the thousand.
 # make check: before a commit. make coverage: the whole suite, and what it reaches.
 # make plots: the plots of experiments, side by side. make ui: runs in MLflow.
 # make bench: beside MMSegmentation, see benchmarks/README.md.
@@ -7,7 +8,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install repro check quick test coverage lint plots ui bench lock
+.PHONY: install repro check quick test soak coverage lint plots ui bench lock
 
 install: $(INSTALLED)
 
@@ -22,6 +23,11 @@ quick: $(INSTALLED)
 
 test: $(INSTALLED)
 	python -m pytest
+
+# Each door of tests/fuzz with so many broken files.
+CASES := 2000
+soak: $(INSTALLED)
+	for door in images targets outlines prepared; do python -m tests.fuzz.$$door --cases $(CASES) || exit; done
 
 coverage: $(INSTALLED)
 	coverage erase

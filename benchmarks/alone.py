@@ -178,27 +178,41 @@ def rank() -> None:
 
 
 def growth(records: int) -> Round:
-    """An index of images without their shards, which opening does not read."""
+    """An index of images, and their shards as holes, which opening does not read."""
     from benchmarks import ours
     from pipeline.data.loader import Samples
-    from pipeline.data.store import Entry, Store, write_index
+    from pipeline.data.store import Entry, Index, Store, write_index
     from pipeline.disk import FORMAT
 
     place = tempfile.TemporaryDirectory(prefix="instep-bench-")
     folder = Path(place.name)
     size, shown = {"height": 512, "width": 683}, (0, 3, 12, 40, 77, 149)
-    entries = []
+    entries, lengths = [], dict[str, int]()
     for number in range(records):
         shard = f"train-{number // 128:05}.bin"
         one = f"image_{number:08}"
-        entry = Entry(one, one, shard=shard, offset=number % 128, classes=shown, **size)
+        offset = lengths.get(shard, 0)
+        entry = Entry(one, one, shard=shard, offset=offset, classes=shown, **size)
         entries.append(entry)
-    named: dict[str, Any] = {"format": FORMAT, "name": "many", "ignore_index": 255}
-    named |= {"content": "", "fold": None}
-    numbers = {"pixels": [1] * 150, "frequency": [0.1] * 150}
-    classes = {"classes": [str(one) for one in range(150)], "palette": [[0, 0, 0]] * 150}
-    splits = {"train": entries, "val": entries[:1], "test": []}
-    write_index(folder, {**named, **numbers, **classes, "shards": {}, "splits": splits})
+        lengths[shard] = offset + entry.size
+    for shard, length in lengths.items():
+        (folder / shard).touch()
+        os.truncate(folder / shard, length)
+    index = Index(
+        format=FORMAT,
+        name="many",
+        classes=tuple(str(one) for one in range(150)),
+        palette=((0, 0, 0),) * 150,
+        ignore_index=255,
+        exif="apply",
+        content="",
+        fold=None,
+        pixels=[1] * 150,
+        frequency=[0.1] * 150,
+        shards=dict.fromkeys(lengths, ""),
+        splits={"train": entries[:-1], "val": entries[-1:], "test": []},
+    )
+    write_index(folder, index)
     given = ours.params(RECIPE, {})
 
     def measure() -> tuple[Metrics, None]:

@@ -3,6 +3,16 @@
 INTERRUPTED = 75  # an exit code, EX_TEMPFAIL of sysexits.h: the same command again goes on
 
 
+def shown(text: object) -> str:
+    """One line of a message: what a terminal obeys or can't show is escaped, as in files' names."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in str(text))
+
+
+def counted(count: int, what: str) -> str:
+    """`1 problem`, `2 problems`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 class InputError(ValueError):
     """A parameter, file or machine does not do; the text names it, the rule and the remedy.
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.disk import UNWRITABLE, unwritable
-from pipeline.errors import INTERRUPTED, InputError, Interrupted
+from pipeline.errors import INTERRUPTED, InputError, Interrupted, shown
 from pipeline.interruption import die_by_signals, end_by_signals, raise_by_signals, say
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # of a broken file we say it, with its name
@@ -60,7 +60,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        sys.exit("error: " + "\n".join(map(shown, str(error).split("\n"))))
     except Interrupted as ended:
         say(str(ended))
         sys.exit(INTERRUPTED)

@@ -54,6 +54,8 @@ def run(params: Params, device: torch.device) -> None:
         State(identity["fingerprint"]).finish()  # DVC has the training's outputs by now
     store = Store(PREPARED)
     split = store.split(params.evaluation.split)
+    needed = [params.evaluation.split, *(["train"] if params.evaluation.baseline else [])]
+    verification = store.verification(*(needed if distributed.rank() == 0 else ()))
     best, last = (work_dir / "checkpoints" / name for name in ("best.pt", "last.pt"))
     path = best if best.is_file() else last
     checkpoint = load_checkpoint(path)
@@ -66,6 +68,7 @@ def run(params: Params, device: torch.device) -> None:
         masks.clear()
     distributed.barrier()
     sureness = Sureness(num_classes, work_dir / "checkpoints" / MODEL)
+    verification.finish()
     found = evaluate_images(
         predictor,
         split,

@@ -10,7 +10,7 @@ import torch
 
 from pipeline import distributed
 from pipeline.disk import file_md5
-from pipeline.errors import InputError
+from pipeline.errors import InputError, shown
 from pipeline.experiment import load_params
 from pipeline.prediction.batch import Folder, find_photographs, predict_files
 from pipeline.prediction.model import load_model
@@ -109,8 +109,8 @@ def run(options: argparse.Namespace, weights: Path, device: torch.device) -> Non
     done = len(photographs) - len(problems)
     print(f"{done} of {len(photographs)} photographs are predicted in {options.out}")
     if problems:
-        listed = "\n".join(f"  {problem}" for problem in sorted(problems))
-        raise InputError(f"{len(problems)} could not be read:\n{listed}")
+        lines = "\n".join(f"  {shown(problem)}" for problem in sorted(problems))
+        raise InputError(f"{len(problems)} could not be read:\n{lines}")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from tqdm import tqdm
 from pipeline.data.audit import prepare
 from pipeline.data.files import some
 from pipeline.data.splits import SPLITS
-from pipeline.data.store import PREPARED, Store
+from pipeline.data.store import PREPARED, SUMMARY, Store
 from pipeline.disk import writing
 from stages import run_main
+
+MOST = 20  # warnings on the screen
 
 
 def main() -> None:
@@ -28,7 +30,7 @@ def main() -> None:
 
         with writing(PREPARED):
             try:
-                prepare(params.data, PREPARED, show)
+                warnings = prepare(params.data, PREPARED, show)
             except OSError:
                 shutil.rmtree(PREPARED, ignore_errors=True)  # a part of it is of no use
                 raise
@@ -43,6 +45,10 @@ def main() -> None:
             f"warning: data.format.splits.group_by {pattern!r} matches nothing in {len(alone)} of "
             f"{len(names)} names, each of which is a group of its own: {some(alone)}"
         )
+    for line in warnings[:MOST]:
+        print("warning:", line)
+    if len(warnings) > MOST:
+        print(f"warning: ... {len(warnings)} in all, which {PREPARED / SUMMARY} lists")
     missing = [name for name, pixels in zip(store.classes, store.pixels) if not pixels]
     if missing:
         print("warning: train has no pixel of", ", ".join(missing))

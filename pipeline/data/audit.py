@@ -9,13 +9,16 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import cv2
+import imagehash
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from pipeline.data.files import some
 from pipeline.data.formats import Reader, Record
@@ -23,10 +26,14 @@ from pipeline.data.params import DataParams
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import SUMMARY, Array, Entry, Index, Split, spread, write_index
 from pipeline.disk import FORMAT, write_json
-from pipeline.errors import InputError
+from pipeline.errors import InputError, counted, shown
 from pipeline.params import plain
 
 RECORDS_PER_SHARD = 128
+
+# A perceptual hash has SIDE^2 bits. Saved again as JPEG, at half the size, or without its outermost
+# percent, an image differs from itself in 0 to 30 of them; two of one scene in 70 and more.
+SIDE, ALIKE = 16, 32
 
 
 @dataclass
@@ -34,7 +41,8 @@ class Shard:
     """What the packing of one shard found.
 
     `ids` are those of its targets' files, before they become classes. `sums` and `target_sums` are
-    those of each entry's pixels, which equal images have in common and others seldom.
+    those of each entry's pixels, which equal images have in common and others seldom; `looks` are
+    perceptual hashes of the images, which are alike where these are.
     `histogram` counts the pixels of each id, `shown` the labelled ones of the images that show it.
     """
 
@@ -45,13 +53,16 @@ class Shard:
     ids: set[int] = field(default_factory=set)
     sums: list[int] = field(default_factory=list)
     target_sums: list[int] = field(default_factory=list)
+    looks: list[bytes] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
     shown: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
 
 
-def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], None]) -> None:
+def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], None]) -> list[str]:
     """Audit the data set and write its shards, index.json and summary.json into `folder`.
+
+    Returns what one should look at and may be right, a line each; summary.json has it, too.
 
     The index also holds each class's frequency in train: its share of the labelled pixels of the
     images that show it.
@@ -97,12 +108,16 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
     if problems:
         for shard in shards:
             (folder / shard.name).unlink()
-        listed = "\n".join(f"  {problem}" for problem in problems)
-        raise InputError(f"{params.root}: {len(problems)} problems in the data set:\n{listed}")
+        lines = "\n".join(f"  {shown(problem)}" for problem in problems)
+        count = counted(len(problems), "problem")
+        raise InputError(f"{params.root}: {count} in the data set:\n{lines}")
     for shard in shards:
         if shard.split not in labelled:  # a test whose labels are withheld
             (folder / shard.name).unlink()
-    _write_index(params, folder, [shard for shard in shards if shard.split in labelled])
+    shards = [shard for shard in shards if shard.split in labelled]
+    warnings = [shown(line) for line in _alike(shards)]
+    _write_index(params, folder, shards, warnings)
+    return warnings
 
 
 def _pack(
@@ -141,6 +156,7 @@ def _pack(
             shard.entries.append(entry)
             shard.sums.append(_pixel_sum(image))
             shard.target_sums.append(_pixel_sum(np.asarray(target, np.uint8)))
+            shard.looks.append(_look(image))
             shard.histogram += histogram
             shard.shown += (histogram > 0) * histogram[: len(params.classes)].sum()
             for part in (np.ascontiguousarray(image), target):  # a tile may be a view
@@ -157,6 +173,12 @@ def _pixel_sum(image: Array) -> int:
     """
     pixels = image.ravel()
     return int(pixels[: len(pixels) // 8 * 8].view(np.uint64).sum())
+
+
+def _look(image: Array) -> bytes:
+    """The perceptual hash of an image, as long as SIDE^2 bits."""
+    small = cv2.resize(image, (4 * SIDE, 4 * SIDE), interpolation=cv2.INTER_AREA)
+    return np.packbits(imagehash.phash(Image.fromarray(small), hash_size=SIDE).hash).tobytes()
 
 
 def _judge(
@@ -215,6 +237,29 @@ def _shared_images(folder: Path, shards: list[Shard]) -> list[str]:
     return problems
 
 
+def _alike(shards: list[Shard]) -> list[str]:
+    """The images that are nearly one of another split, the most alike first."""
+    names, looks = {}, {}
+    for split in SPLITS:
+        own = [shard for shard in shards if shard.split == split]
+        names[split] = [entry.name for shard in own for entry in shard.entries]
+        held = b"".join(look for shard in own for look in shard.looks)
+        looks[split] = np.frombuffer(held, np.uint64).reshape(-1, SIDE**2 // 64)
+    found = []
+    for one, other in combinations([split for split in SPLITS if names[split]], 2):
+        for name, look in zip(names[other], looks[other], strict=True):
+            distances = np.bitwise_count(looks[one] ^ look).sum(axis=1)
+            nearest = int(distances.argmin())
+            if distances[nearest] <= ALIKE:
+                pair = f"{one} ({names[one][nearest]}) and {other} ({name})"
+                found.append((int(distances[nearest]), pair))
+    return [
+        f"nearly the same image in {pair}: {distance} of the {SIDE**2} bits of their perceptual "
+        "hashes differ"
+        for distance, pair in sorted(found)
+    ]
+
+
 def _histogram(shards: list[Shard], split: str, num_classes: int) -> NDArray[np.int64]:
     """Pixels of each class, and after them the ignored ones: (C+1,)."""
     total = np.zeros(256, np.int64)
@@ -265,7 +310,9 @@ def _content(params: DataParams, shards: list[Shard]) -> str:
     return hashlib.md5(json.dumps([told, images]).encode()).hexdigest()
 
 
-def _write_index(params: DataParams, folder: Path, shards: list[Shard]) -> None:
+def _write_index(
+    params: DataParams, folder: Path, shards: list[Shard], warnings: list[str]
+) -> None:
     """Write index.json, and summary.json for people."""
     entries = {
         split: [entry for shard in shards if shard.split == split for entry in shard.entries]
@@ -280,21 +327,22 @@ def _write_index(params: DataParams, folder: Path, shards: list[Shard]) -> None:
         }
         for split in SPLITS
     }
-    write_json(folder / SUMMARY, {"name": params.name, "splits": summary})
+    told = {"name": params.name, "splits": summary, "warnings": warnings}
+    write_json(folder / SUMMARY, told)
     shown = np.sum([shard.shown for shard in shards if shard.split == "train"], axis=0)
     frequency = histograms["train"][:-1] / shown[: len(params.classes)].clip(min=1)
-    index: Index = {
-        "format": FORMAT,
-        "name": params.name,
-        "classes": params.classes,
-        "palette": params.palette,
-        "ignore_index": params.ignore_index,
-        "exif": params.exif,
-        "content": _content(params, shards),
-        "fold": params.format.fold,
-        "pixels": histograms["train"][:-1].tolist(),
-        "frequency": frequency.tolist(),
-        "shards": {shard.name: shard.md5 for shard in shards},
-        "splits": {split: entries[split] for split in SPLITS},
-    }
+    index = Index(
+        format=FORMAT,
+        name=params.name,
+        classes=params.classes,
+        palette=params.palette,
+        ignore_index=params.ignore_index,
+        exif=params.exif,
+        content=_content(params, shards),
+        fold=params.format.fold,
+        pixels=histograms["train"][:-1].tolist(),
+        frequency=frequency.tolist(),
+        shards={shard.name: shard.md5 for shard in shards},
+        splits=entries,
+    )
     write_index(folder, index)

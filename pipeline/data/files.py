@@ -1,21 +1,46 @@
-"""Files -> arrays: photographs as RGB, targets as the ids or the colours that are stored."""
+"""Files -> arrays: photographs as RGB, targets as the ids or the colours that are stored.
 
+A file is what its content says, whatever its name does. Its header is read first, so that one of
+too many pixels, of several images or of a lossy format is refused before anything is decoded.
+"""
+
+import re
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from pipeline.data.store import Array
 from pipeline.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 TARGET_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+UNNAMED = "its name is no UTF-8, which an index, a table or a page can't hold; rename it"
+
+# What Pillow may take a file for: others of its readers start programs, or are seldom tried.
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+TARGET_FORMATS = ("PNG", "BMP", "TIFF")
+LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
+SUBFILE_TYPE, REDUCED, MASK = 254, 1, 4  # of TIFF: a smaller copy, or a mask, of another page
+
+LARGEST = 2**30  # pixels: OpenCV decodes no more
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which is lower; `_header` has ours
+DARKEST = 4096  # values of 16 bits that stay below this become fewer than 16 of 8 bits
+
+# libjpeg complains of these, and yet every pixel is there: some phones write them.
+HARMLESS = re.compile("Invalid SOS parameters|Unknown Adobe color transform")
+PADDING = re.compile("([0-9]+) extraneous bytes before marker 0xd9")
 
 # Orientations of TIFF and EXIF: the tag, those that exchange height and width, and the axes that
 # are then reversed.
@@ -44,13 +69,25 @@ def by_stem(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], lis
     for path in _files(folder):
         if path.suffix.lower() not in suffixes:
             continue
+        if not is_utf8(path):
+            problems.append(f"{path}: {UNNAMED}")
+            continue
         stem = path.relative_to(folder).with_suffix("").as_posix()
         if stem in found:
             problems.append(f"{path}: same stem as {found[stem].name}; keep one of them")
         found[stem] = path
-    if not found:
+    if not found and UNNAMED not in "".join(problems):
         problems.append(f"{folder}: no {', '.join(suffixes)} file{_instead(folder)}")
     return found, problems
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether a path can be written as text."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _instead(folder: Path) -> str:
@@ -69,39 +106,120 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def read_image(path: Path) -> tuple[Array, int]:
+def read_image(path: Path, max_pixels: int = LARGEST) -> tuple[Array, int]:
     """The pixels as they are stored, (H,W,3) uint8 RGB, and the EXIF orientation, 1 to 8.
 
     Raises:
-        InputError: it can't be read; the text names the file.
+        InputError: it can't be read, is damaged, has more than `max_pixels` or holds several
+            images; the text names the file.
     """
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        image, kinds, found = cv2.imdecodeWithMetadata(np.fromfile(path, np.uint8), flags=flags)
-    except OSError as error:
-        raise InputError(f"{path}: can't be read as an image ({error})") from None
-    except cv2.error:  # of an empty file
-        image = None
-    if image is None:  # how OpenCV says that a file is truncated or no image
-        raise InputError(f"{path}: can't be read as an image")
-    if path.suffix.lower() in (".tif", ".tiff"):  # OpenCV turns it, whatever it is told
-        with Image.open(path) as file:
-            _refuse_turned(path, getattr(file, "tag_v2", {}))
+    content, header = _open(path, "an image", max_pixels)
     exif = Image.Exif()
-    for kind, content in zip(kinds, found, strict=True):
+    if header.format in ("JPEG", "MPO"):
+        image = _decode_jpeg(path, content)
+        with suppress(Exception):  # a broken one, which viewers do not obey either
+            exif = header.getexif()
+        return image, _orientation(exif)
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    image, kinds, found = _decode(path, content, flags | cv2.IMREAD_ANYDEPTH)
+    if image.dtype != np.uint8:
+        if 0 < image.max() < DARKEST:
+            raise InputError(
+                f"{path}: its pixels have 16 bits and no value above {image.max()}: it would be "
+                "nearly black. Values of 10 or 12 bits must be scaled to all 16, or to 8"
+            )
+        image, kinds, found = _decode(path, content, flags)
+    if header.format == "TIFF":  # OpenCV turns it, whatever it is told
+        _refuse_turned(path, getattr(header, "tag_v2", {}))
+    for kind, data in zip(kinds, found, strict=True):
         if kind == cv2.IMAGE_METADATA_EXIF:
-            with suppress(Exception):  # a broken one, which viewers do not obey either
-                exif.load(content.tobytes())
+            with suppress(Exception):
+                exif.load(data.tobytes())
     return np.asarray(image, np.uint8), _orientation(exif)
 
 
-def read_ids(path: Path) -> Ids:
+def _open(path: Path, what: str, max_pixels: int) -> tuple[bytes, ImageFile]:
+    """The bytes of a file, and what its header says.
+
+    Raises:
+        InputError: it can't be read as `what`, has too many pixels or holds several images.
+    """
+    try:
+        content = path.read_bytes()
+        header = Image.open(BytesIO(content), formats=IMAGE_FORMATS)
+        several = _is_several(header)
+    except OSError as error:
+        reason = error.strerror or f"none of {', '.join(IMAGE_FORMATS)}, or only a part of one"
+        raise InputError(f"{path}: can't be read as {what} ({reason})") from None
+    except Exception as error:  # what Pillow raises depends on where a file is broken
+        raise InputError(f"{path}: can't be read as {what} ({error})") from None
+    width, height = header.size
+    if width * height > max_pixels:
+        limit = "data.max_pixels allows" if max_pixels < LARGEST else "OpenCV decodes"
+        raise InputError(f"{path}: {width}x{height} pixels are more than the {max_pixels} {limit}")
+    if several:
+        raise InputError(
+            f"{path}: holds several images, an animation or pages; save the one that is meant alone"
+        )
+    return content, header
+
+
+def _is_several(header: ImageFile) -> bool:
+    """Whether a file holds another image than its first, and not only a smaller copy of that.
+
+    Photographs of phones (MPO) bring copies for screens along.
+    """
+    frames = 1 if header.format == "MPO" else getattr(header, "n_frames", 1)
+    if header.format != "TIFF":
+        return bool(frames > 1)
+    for page in range(1, frames):
+        header.seek(page)
+        if not header.tag_v2.get(SUBFILE_TYPE, 0) & (REDUCED | MASK):  # type: ignore[attr-defined]
+            return True
+    header.seek(0)
+    return False
+
+
+def _decode(path: Path, content: bytes, flags: int) -> tuple[NDArray[Any], Any, Any]:
+    """What OpenCV makes of a file: its pixels, and its metadata by kind."""
+    try:
+        image, kinds, found = cv2.imdecodeWithMetadata(
+            np.frombuffer(content, np.uint8), flags=flags
+        )
+    except cv2.error as error:
+        raise InputError(f"{path}: can't be read as an image ({error.err})") from None
+    if image is None:  # how OpenCV says that a file is truncated or no image
+        raise InputError(f"{path}: can't be read as an image")
+    return image, kinds, found
+
+
+def _decode_jpeg(path: Path, content: bytes) -> Array:
+    """The pixels of a JPEG, those that OpenCV finds, unless its data is damaged.
+
+    Of that OpenCV and Pillow make some picture without a word. Where damage reads like data, it
+    isn't found: of 100 photographs with 300 bytes of garbage one passes.
+    """
+    try:
+        return np.asarray(simplejpeg.decode_jpeg(content))
+    except ValueError as error:
+        padding = PADDING.search(str(error))
+        tail = content[: content.rfind(b"\xff\xd9")][-int(padding[1]) :] if padding else b""
+        if HARMLESS.search(str(error)) or len(set(tail)) == 1:
+            return np.asarray(simplejpeg.decode_jpeg(content, strict=False))
+        raise InputError(
+            f"{path}: can't be read as an image: its data is damaged ({error}); take it from its "
+            "source again, or save it anew if it looks right"
+        ) from None
+
+
+def read_ids(path: Path, max_pixels: int = LARGEST) -> Ids:
     """(H,W): the id of every pixel, from 1 to 16 bits, grey or palette, as it is stored.
 
     Raises:
-        InputError: it can't be read, or has colours in place of ids; the text names the file.
+        InputError: it can't be read, is damaged, lossy, too large or several images, or has colours
+            in place of ids; the text names the file.
     """
-    mode, target = _read_target(path)
+    mode, target = _read_target(path, max_pixels)
     if mode not in ("1", "L", "P", "I;16", "I;16B", "I"):
         raise InputError(
             f"{path}: a target holds one class id a pixel, and this is {mode}; "
@@ -112,13 +230,15 @@ def read_ids(path: Path) -> Ids:
     return target.astype(np.uint16 if target.dtype.itemsize > 1 else np.uint8)
 
 
-def read_colours(path: Path, color_map: Sequence[tuple[int, int, int]]) -> Array:
+def read_colours(
+    path: Path, color_map: Sequence[tuple[int, int, int]], max_pixels: int = LARGEST
+) -> Array:
     """(H,W) uint8: of every pixel the place of its colour in `color_map`.
 
     Raises:
-        InputError: it can't be read, or a colour is not in the map; the text names both.
+        InputError: as `read_ids` does, or a colour is not in the map; the text names both.
     """
-    mode, colours = _read_target(path, "RGB")
+    mode, colours = _read_target(path, max_pixels, "RGB")
     if mode not in ("1", "L", "P", "RGB", "RGBA"):
         raise InputError(
             f"{path}: data.format.color_map needs coloured or grey targets, and this is {mode}; "
@@ -137,21 +257,56 @@ def read_colours(path: Path, color_map: Sequence[tuple[int, int, int]]) -> Array
     return ids.astype(np.uint8)
 
 
-def _read_target(path: Path, convert: str | None = None) -> tuple[str, NDArray[Any]]:
+def _read_target(
+    path: Path, max_pixels: int, convert: str | None = None
+) -> tuple[str, NDArray[Any]]:
     """The mode of the file and its pixels, converted if asked."""
+    content, file = _open(path, "a target", max_pixels)
+    packing = str(file.info.get("compression")) if file.format == "TIFF" else ""
+    if file.format not in TARGET_FORMATS or packing in LOSSY_TIFF:
+        kind = f"TIFF of {packing}" if packing else file.format
+        raise InputError(
+            f"{path}: is a {kind} file, whatever its name says, and lossy formats change ids along "
+            "every edge; save the target's source as PNG"
+        )
     # Pillow keeps the indices of a palette and all 16 bits; OpenCV turns both into something else.
     try:
-        with Image.open(path) as file:
-            # Pillow spreads the ids of a grey PNG of 2 or 4 bits over 0-255.
-            step = {"L;2": 85, "L;4": 17}.get(str(file.tile[0][3]), 1) if file.tile else 1
-            mode = file.mode
-            pixels = np.asarray(file.convert(convert) if convert else file)
-            pixels = pixels if convert or step == 1 else pixels // step
-            tags = file.getexif()
+        if file.format == "PNG":
+            _check_png(content, file.width * file.height)
+        # Pillow spreads the ids of a grey PNG of 2 or 4 bits over 0-255.
+        step = {"L;2": 85, "L;4": 17}.get(str(file.tile[0][3]), 1) if file.tile else 1
+        mode = file.mode
+        pixels = np.asarray(file.convert(convert) if convert else file)
+        pixels = pixels if convert or step == 1 else pixels // step
+        tags = file.getexif()
     except Exception as error:  # what Pillow raises depends on where a file is broken
         raise InputError(f"{path}: can't be read as a target ({error})") from None
     _refuse_turned(path, tags)
     return mode, pixels
+
+
+def _check_png(content: bytes, pixels: int) -> None:
+    """Compare a PNG's checksums, which Pillow doesn't: CRC-32 of its chunks, Adler-32 of its data.
+
+    Raises:
+        ValueError: one is wrong, or there is too little data, or far too much.
+        struct.error, zlib.error: the file is broken where it is looked at.
+    """
+    place, data, size = 8, zlib.decompressobj(), 0
+    kind = b""
+    while kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", content, place)
+        packed = content[place + 8 : place + 8 + length]
+        if struct.unpack_from(">I", content, place + 8 + length)[0] != zlib.crc32(kind + packed):
+            raise ValueError(f"the checksum of its part {kind.decode('latin-1')} is wrong")
+        place += 12 + length
+        while kind == b"IDAT" and packed and not data.eof:
+            size += len(data.decompress(packed, 2**20))
+            packed = data.unconsumed_tail
+            if size > 10 * pixels + 64:  # at most 8 bytes a pixel and one a row
+                raise ValueError("its data is more than its pixels")
+    if not data.eof:
+        raise ValueError("its data breaks off")
 
 
 def upright(stored: NDArray[T], orientation: int) -> NDArray[T]:

@@ -75,8 +75,8 @@ class Record:
 class Reader(ABC, Generic[P]):
     """What a format offers. Instances travel to worker processes, so they hold no open file.
 
-    `root`, `classes`, `ignore_index` and `exif` are those of the section `data`, `params` is its
-    `format`, an instance of the class's own `Params`.
+    `root`, `classes`, `ignore_index`, `exif` and `max_pixels` are those of the section `data`,
+    `params` is its `format`, an instance of the class's own `Params`.
     """
 
     Params: ClassVar[type[FormatParams]] = FormatParams
@@ -85,6 +85,7 @@ class Reader(ABC, Generic[P]):
     classes: Sequence[str]
     ignore_index: int
     exif: Exif
+    max_pixels: int
     params: P
 
     @abstractmethod
@@ -176,12 +177,12 @@ class Folders(Reader[P]):
 
     def photograph(self, record: Record) -> tuple[Array, int]:
         """The image (H,W,3) as `data.exif` has it, and its EXIF orientation."""
-        stored, orientation = read_image(Path(record.image))
+        stored, orientation = read_image(Path(record.image), self.max_pixels)
         return upright(stored, orientation) if self.exif == "apply" else stored, orientation
 
     def ids(self, target: Path) -> Ids:
         """The ids of a target's pixels, (H,W)."""
-        return read_ids(target)
+        return read_ids(target, self.max_pixels)
 
 
 class OwnParams(FormatParams):
@@ -267,7 +268,9 @@ class Pairs(Folders[PairsParams]):
 
     def ids(self, target: Path) -> Ids:
         color_map = self.params.color_map
-        return super().ids(target) if color_map is None else read_colours(target, color_map)
+        if color_map is None:
+            return super().ids(target)
+        return read_colours(target, color_map, self.max_pixels)
 
 
 class OutlinesParams(OwnParams):
@@ -312,7 +315,10 @@ class Outlines(Folders[OutlinesParams]):
             background = list(self.classes).index(self.params.background)
         try:
             drawing = drawing_of(self.kind, Path(record.target), record.name)
-            size = drawing.size or (image.shape[0], image.shape[1])
+            size = image.shape[0], image.shape[1]
+            if drawing.size not in (None, size):  # before an array of that size is made
+                height, width = drawing.size
+                raise InputError(f"is {size[1]}x{size[0]} pixels, but drawn on {width}x{height}")
             return image, ids_of(drawing, size, self.classes, background)
         except InputError as error:
             raise InputError(f"{record.image}, in {record.target}: {error}") from None

@@ -12,12 +12,16 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
+from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from pipeline.data.store import Array
 from pipeline.errors import InputError
 
 Outline = list[float]  # x, y, x, y, ... in pixels, or in shares of width and height
+
+# What Python and pycocotools raise of a file that holds something else than it should.
+BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError)
 
 
 class Shape(NamedTuple):
@@ -46,8 +50,19 @@ def ids_of(
     An id is the place of a name in `classes`. Labels that are numbers leave the background out.
 
     Raises:
-        InputError: a label is none of the classes; says which are.
+        InputError: a label is none of the classes, and says which are; or an outline isn't one.
     """
+    try:
+        return _drawn(drawing, size, classes, background)
+    except InputError:
+        raise
+    except BROKEN as error:
+        raise InputError(f"an outline can't be drawn ({type(error).__name__}: {error})") from None
+
+
+def _drawn(
+    drawing: Drawing, size: tuple[int, int], classes: Sequence[str], background: int
+) -> Array:
     height, width = size
     ids = np.full(size, background, np.uint8)
     numbered = [place for place, name in enumerate(classes) if place != background]
@@ -67,13 +82,35 @@ def ids_of(
         given: Any = [
             (np.reshape(one, (-1, 2)) * whole).ravel().tolist() for one in outlines if len(one) > 4
         ]
+        if not all(_is_near(one, size) for one in given):
+            raise InputError(f"an outline of {label!r} leads far out of the image")
         if runs is not None:
             given = dict(runs)
+            if tuple(given["size"]) != size:
+                raise InputError(f"{label!r} is drawn on {given['size']} pixels, not {list(size)}")
         if given:
-            found = coco_mask.frPyObjects(given, height, width) if _uncounted(given) else given
-            merged = coco_mask.merge(found) if isinstance(found, list) else found
-            ids[coco_mask.decode(merged) > 0] = place
+            ids[_mask(given, size)] = place
     return ids
+
+
+def _is_near(outline: Outline, size: tuple[int, int]) -> bool:
+    """Whether no point is farther from the image than the image is long.
+
+    The memory that drawing takes grows with the length of an outline.
+    """
+    points = np.reshape(outline, (-1, 2))
+    far = np.array(size[::-1])
+    return bool((np.isfinite(points) & (points >= -far) & (points <= 2 * far)).all())
+
+
+def _mask(given: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The pixels (H,W) of outlines, or of runs as COCO counts them."""
+    try:
+        found = coco_mask.frPyObjects(given, *size) if _uncounted(given) else given
+        merged = coco_mask.merge(found) if isinstance(found, list) else found
+        return np.asarray(coco_mask.decode(merged) > 0)
+    except Exception as error:  # pycocotools knows no narrower one
+        raise ValueError(str(error)) from None
 
 
 def _uncounted(given: Any) -> bool:
@@ -91,7 +128,7 @@ def drawings(kind: str, path: Path) -> dict[str, Drawing]:
     try:
         found = PARSERS[kind][1](path)
         return {Path(name).with_suffix("").as_posix(): one for name, one in found.items()}
-    except (ValueError, KeyError, TypeError, IndexError, OSError, ElementTree.ParseError) as error:
+    except (*BROKEN, RecursionError, OSError, ElementTree.ParseError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: can't be read as a file of {kind} ({reason})") from None
 

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from pipeline.data.files import LARGEST
 from pipeline.data.formats import FORMATS, Exif, FormatParams, Reader
 from pipeline.errors import InputError
 from pipeline.params import Colour, Grey, Positive, Section, choose
@@ -16,10 +17,11 @@ class DataParams(Section):
 
     Pixels of `ignore_index` are neither learned nor measured. With `reduce_zero_label` id 0 becomes
     ignore_index and the others one less. A photograph is turned by its EXIF orientation unless
-    `exif` is `ignore`, and so are those that the model will predict. `allow_missing_classes` lets a
-    class be without a pixel in train: nothing teaches it, and evaluation leaves it out unless it is
-    predicted or labelled. `subset` takes so many images of each split, at equal distances, for a
-    quick try.
+    `exif` is `ignore`, and so are those that the model will predict. A file of more than
+    `max_pixels` is refused before it is decoded: a few bytes can claim billions.
+    `allow_missing_classes` lets a class be without a pixel in train: nothing teaches it, and
+    evaluation leaves it out unless it is predicted or labelled. `subset` takes so many images of
+    each split, at equal distances, for a quick try.
     """
 
     name: str = Field(min_length=1)
@@ -30,6 +32,7 @@ class DataParams(Section):
     ignore_index: Grey = 255
     reduce_zero_label: bool = False
     exif: Exif = "apply"
+    max_pixels: int = Field(ge=1, le=LARGEST, default=200_000_000)
     allow_missing_classes: bool = False
     subset: Positive | None = None
 
@@ -42,7 +45,14 @@ class DataParams(Section):
         """The reader of the format."""
         reader = FORMATS[self.format.name]
         root = Path(self.root)
-        return reader(root, self.classes, self.ignore_index, exif=self.exif, params=self.format)
+        return reader(
+            root,
+            self.classes,
+            self.ignore_index,
+            exif=self.exif,
+            max_pixels=self.max_pixels,
+            params=self.format,
+        )
 
     @field_validator("root")
     @classmethod

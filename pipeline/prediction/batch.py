@@ -16,10 +16,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline import distributed
-from pipeline.data.files import IMAGE_SUFFIXES, by_stem, read_image, upright
+from pipeline.data.files import IMAGE_SUFFIXES, UNNAMED, by_stem, is_utf8, read_image, upright
 from pipeline.data.store import Array
 from pipeline.disk import FORMAT, write_atomically, write_json
-from pipeline.errors import InputError
+from pipeline.errors import InputError, shown
 from pipeline.evaluation.report import blend, png, shrunk, write_mask
 from pipeline.prediction.model import WHOLE, Model, Sink, areas
 
@@ -176,10 +176,12 @@ def find_photographs(inputs: Sequence[str]) -> list[Photograph]:
 def _below(path: Path) -> list[Photograph]:
     if path.is_dir():
         files, problems = by_stem(path, IMAGE_SUFFIXES)
-        twice = [problem for problem in problems if "same stem" in problem]
-        if twice:
-            raise InputError(twice[0])
+        unclear = [problem for problem in problems if "same stem" in problem or UNNAMED in problem]
+        if unclear:
+            raise InputError(shown(unclear[0]))
         return [Photograph(file, stem) for stem, file in files.items()]
+    if not is_utf8(path):
+        raise InputError(f"{path}: {UNNAMED}")
     return [Photograph(path, path.stem)]
 
 

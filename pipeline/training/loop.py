@@ -121,6 +121,7 @@ class Training:
         options, progress, until = self.options, self.progress, self.until
         self.learner.model.train()
         if progress.unmeasured:
+            self.learner.set_learning_rate(options, progress.iteration - 1)  # as it was then
             self._conclude()
         if stopped_early(progress.history, options):  # by an attempt that was ended just then
             until = progress.iteration

@@ -15,7 +15,7 @@ import torch
 from pipeline.training.state import Saved
 from tests.project import REPOSITORY, environment
 
-ENDED = re.compile(r"ended by (\w+) after iteration (\d+), whose state is saved")
+ENDED = re.compile(r"ended by ([\w ]+) after iteration (\d+), whose state is saved")
 
 
 @contextmanager

@@ -4,12 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from pipeline.data.audit import prepare
 from pipeline.data.formats import FormatParams, PairsParams
 from pipeline.data.params import DataParams
 from tests.unit.sections import params
 
+MISSING_C = (
+    "class 'c' has no pixel in train; take it out of data.classes, label it, or set "
+    "data.allow_missing_classes"
+)
 OF_PAIRS = PairsParams.model_fields.keys() - FormatParams.model_fields.keys()
 
 
@@ -53,3 +59,15 @@ def write(
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(data).save(path)
     return paths
+
+
+def refusal(root: Path, **changes: object) -> list[str]:
+    """The lines of the refusal, below `root`; checks that nothing is left."""
+    folder = root / "prepared"
+    with pytest.raises(ValueError, match=r"problems? in the data set") as caught:
+        prepare(data_params(root, **changes), folder, lambda done, total: None)
+    assert list(folder.iterdir()) == []
+    first, *lines = str(caught.value).splitlines()
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    assert first == f"{root}: {count} in the data set:"
+    return [line.strip().replace(f"{root}/", "") for line in lines]

@@ -8,23 +8,7 @@ import pytest
 from pipeline.data.audit import prepare
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import Store
-from tests.unit.pairs import data_params, labels, photo, write
-
-MISSING_C = (
-    "class 'c' has no pixel in train; take it out of data.classes, label it, or set "
-    "data.allow_missing_classes"
-)
-
-
-def refusal(root: Path, **changes: object) -> list[str]:
-    """The lines of the refusal, below `root`; checks that nothing is left."""
-    folder = root / "prepared"
-    with pytest.raises(ValueError, match="problems in the data set") as caught:
-        prepare(data_params(root, **changes), folder, lambda done, total: None)
-    assert list(folder.iterdir()) == []
-    first, *lines = str(caught.value).splitlines()
-    assert first == f"{root}: {len(lines)} problems in the data set:"
-    return [line.strip().replace(f"{root}/", "") for line in lines]
+from tests.unit.pairs import MISSING_C, data_params, labels, photo, refusal, write
 
 
 def test_every_problem_of_the_files_is_told_at_once(tmp_path: Path):
@@ -66,16 +50,6 @@ def test_every_problem_of_the_files_is_told_at_once(tmp_path: Path):
     assert len(found) == len(expected)
 
 
-def test_empty_splits_and_unlearnable_classes_are_found(tmp_path: Path):
-    without_c = np.minimum(labels(), 1)
-    write(tmp_path, "train/1", photo(0), without_c)
-    write(tmp_path, "val/1", photo(1), np.full((12, 16), 255, np.uint8))
-    assert refusal(tmp_path) == [
-        "neither val nor test has a labelled pixel; one of them must",
-        MISSING_C,
-    ]
-
-
 def test_a_class_without_a_pixel_in_train_is_let_through_where_that_is_asked_for(tmp_path: Path):
     write(tmp_path, "train/1", photo(0, (1, 4)), np.array([[0, 0, 1, 255]], np.uint8))
     write(tmp_path, "val/1", photo(1, (1, 4)), np.array([[2, 1, 0, 0]], np.uint8))
@@ -87,21 +61,6 @@ def test_a_class_without_a_pixel_in_train_is_let_through_where_that_is_asked_for
     assert store.pixels == [2, 1, 0]
     assert store.frequency == [2 / 3, 1 / 3, 0]
     assert store.split("val")[0][1].tolist() == [[2, 1, 0, 0]]
-
-
-def test_to_allow_missing_classes_is_not_to_allow_a_train_without_labels(tmp_path: Path):
-    write(tmp_path, "train/1", photo(0), np.full((12, 16), 255, np.uint8))
-    write(tmp_path, "val/1", photo(1), labels())
-    found = refusal(tmp_path, allow_missing_classes=True)
-    assert found == ["split train has no labelled pixel"]
-
-
-@pytest.mark.parametrize("changes", [{"val": 0.3, "test": 0.0}, {"folds": 3, "test": 0.1}])
-def test_a_drawn_split_that_is_asked_for_must_have_an_image(changes: dict, tmp_path: Path):
-    write(tmp_path, "1", photo(1), labels())
-    drawn = {"source": "drawn"} | changes
-    named = {f"splits.{name}": value for name, value in drawn.items()}
-    assert "split val has no labelled pixel" in refusal(tmp_path, **named)
 
 
 @pytest.mark.parametrize("withheld", ["val", "test"])

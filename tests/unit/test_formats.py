@@ -1,16 +1,12 @@
-"""What a layout on disk says: the tiles of Blue Marble, splits, and ids kept as they are stored."""
+"""What a layout on disk says: the tiles of Blue Marble, and splits."""
 
 import re
-import struct
-import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
 
-from pipeline.data.files import read_ids
 from pipeline.data.formats import BlueMarble, Reader, Record
 from tests.unit.pairs import data_params, labels, photo, write
 from tests.unit.sections import params
@@ -143,145 +139,3 @@ def test_jpeg_targets_are_named_as_what_they_are(tmp_path: Path):
     _, (said,) = data_params(tmp_path).reader().records()
     assert said.startswith(f"{tmp_path / 'targets'}: no .png, ")
     assert "file, but 3 .jpg; JPEG changes ids along every edge: save" in said
-
-
-def read(folder: Path, target: Image.Image, suffix: str = ".png") -> np.ndarray:
-    Image.fromarray(photo(0)).save(folder / "image.png")
-    target.save(folder / f"target{suffix}")
-    record = Record("x", str(folder / "image.png"), str(folder / f"target{suffix}"), "train")
-    image, ids = data_params(folder).reader().read(record)
-    assert np.array_equal(image, photo(0))
-    return ids
-
-
-def test_a_palette_target_keeps_its_indices(tmp_path: Path):
-    target = Image.fromarray(labels())
-    target.putpalette([90, 90, 90, 0, 0, 0, *range(250, 256), *[7] * 756])
-    assert target.mode == "P"
-    assert np.array_equal(read(tmp_path, target), labels())
-
-
-def test_a_palette_target_of_few_bits_keeps_its_indices(tmp_path: Path):
-    ids = labels() % 3
-    target = Image.fromarray(ids)
-    target.putpalette([90, 90, 90, 0, 0, 0, 255, 255, 255])
-    assert np.array_equal(read(tmp_path, target), ids)
-    assert (tmp_path / "target.png").read_bytes()[24] == 2  # bits a pixel
-
-
-def test_a_16_bit_target_is_exact(tmp_path: Path):
-    ids = np.array([[0, 1, 255], [256, 40000, 65535]], np.uint16)
-    found = read(tmp_path, Image.fromarray(ids))
-    assert found.dtype == np.uint16
-    assert np.array_equal(found, ids)
-
-
-@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
-def test_a_one_bit_target_has_ids_0_and_1(suffix: str, tmp_path: Path):
-    ids = np.array([[0, 1, 1], [1, 0, 0]], np.uint8)
-    assert np.array_equal(read(tmp_path, Image.fromarray(ids > 0), suffix), ids)
-
-
-@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif"])
-def test_an_8_bit_grey_target_is_taken_as_it_is(suffix: str, tmp_path: Path):
-    assert np.array_equal(read(tmp_path, Image.fromarray(labels()), suffix), labels())
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "F"])
-def test_a_coloured_target_is_refused_by_its_name(mode: str, tmp_path: Path):
-    suffix = ".tif" if mode == "F" else ".png"
-    with pytest.raises(ValueError, match=rf"target\{suffix}: a target holds one class id a pixel"):
-        read(tmp_path, Image.fromarray(photo(0)).convert(mode), suffix)
-
-
-def test_32_bit_ids_out_of_range_are_refused(tmp_path: Path):
-    ids = np.array([[0, 70000]], np.int32)
-    with pytest.raises(ValueError, match=r"target\.tif: ids from 0 to 70000 are out of range"):
-        read(tmp_path, Image.fromarray(ids), ".tif")
-
-
-@pytest.mark.parametrize("policy", ["apply", "ignore"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_is_turned_by_exif_as_viewers_do_unless_it_is_not_to(
-    orientation: int, policy: str, tmp_path: Path
-):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = tmp_path / "images/train/a.png"
-    write(tmp_path, "train/a", photo(0), labels())
-    Image.fromarray(photo(0)).save(path, exif=exif)
-    shown = np.asarray(ImageOps.exif_transpose(Image.open(path)))
-    image = shown if policy == "apply" else photo(0)
-    Image.fromarray(labels(image.shape[:2])).save(tmp_path / "targets/train/a.png")
-    reader = data_params(tmp_path, exif=policy).reader()
-    read, ids = reader.read(reader.records()[0][0])
-    assert np.array_equal(read, image)
-    assert ids.shape == image.shape[:2]
-
-
-@pytest.mark.parametrize(
-    ("policy", "size", "drawn"),
-    [("apply", (12, 16), "stored"), ("ignore", (16, 12), "shown")],
-)
-def test_a_target_of_the_other_orientation_is_refused_with_the_remedy(
-    policy: str, size: tuple[int, int], drawn: str, tmp_path: Path
-):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image, _ = write(tmp_path, "train/a", photo(0), labels(size))
-    Image.fromarray(photo(0)).save(image, exif=exif)
-    reader = data_params(tmp_path, exif=policy).reader()
-    other = "ignore" if policy == "apply" else "apply"
-    message = f"drawn for the photograph as it is {drawn}, .* set data.exif: {other}"
-    with pytest.raises(ValueError, match=message):
-        reader.read(reader.records()[0][0])
-
-
-def test_a_target_that_viewers_turn_is_refused(tmp_path: Path):
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    _, target = write(tmp_path, "train/a", photo(0), labels())
-    Image.fromarray(labels()).save(target, exif=exif)
-    reader = data_params(tmp_path).reader()
-    with pytest.raises(ValueError, match=r"targets/train/a\.png: its orientation tag turns it"):
-        reader.read(reader.records()[0][0])
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tif", ".webp"])
-@pytest.mark.parametrize("kept", [0, 0.1, 0.5, 0.97])
-def test_a_truncated_image_is_refused_by_its_name(suffix: str, kept: float, tmp_path: Path):
-    image, target = write(tmp_path, "train/a", photo(0, (60, 80)), labels((60, 80)), suffix)
-    image.write_bytes(image.read_bytes()[: int(image.stat().st_size * kept)])
-    record = Record("train/a", str(image), str(target), "train")
-    with pytest.raises(ValueError, match=f"train/a{suffix}: can't be read as an image"):
-        data_params(tmp_path).reader().read(record)
-
-
-@pytest.mark.parametrize("kept", [0, 0.1, 0.5, 0.9])
-def test_a_truncated_target_is_refused_by_its_name(kept: float, tmp_path: Path):
-    ids = photo(1, (60, 80))[..., 0] % 3
-    image, target = write(tmp_path, "train/a", photo(0, (60, 80)), ids)
-    target.write_bytes(target.read_bytes()[: int(target.stat().st_size * kept)])
-    record = Record("train/a", str(image), str(target), "train")
-    with pytest.raises(ValueError, match=r"train/a\.png: can't be read as a target"):
-        data_params(tmp_path).reader().read(record)
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-def test_a_grey_target_of_few_bits_keeps_its_ids(bits: int, tmp_path: Path):
-    ids = np.array([[0, 1, 2, 3]], np.uint8)
-    packed = "".join(format(i, f"0{bits}b") for i in ids[0])
-    row = b"\0" + bytes(int(packed[i : i + 8], 2) for i in range(0, len(packed), 8))
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
-
-    header = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)
-    (tmp_path / "a.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(row))
-        + chunk(b"IEND", b"")
-    )
-    assert read_ids(tmp_path / "a.png").tolist() == ids.tolist()

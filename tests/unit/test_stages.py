@@ -21,17 +21,27 @@ def workspace(folder: Path, changes: dict[str, object], images: dict[str, int]) 
     (folder / "params.yaml").write_text(json.dumps(document(changes)), encoding="utf-8")
     prepared = folder / store.PREPARED
     prepared.mkdir(parents=True)
-    index = {
-        "name": "x",
-        "classes": ["a"],
-        "palette": [[0, 0, 0]],
-        "ignore_index": 255,
-        "exif": "apply",
-        "fold": None,
-    }
-    index |= {"content": "", "format": FORMAT, "pixels": [1], "frequency": [1.0], "shards": {}}
-    entry = list(store.Entry("a", "a", "a.bin", 0, 1, 1))
-    store.write_index(prepared, index | {"splits": {s: [entry] * images[s] for s in images}})
+    names = [f"{split}/{number}" for split in images for number in range(images[split])]
+    entries = [
+        store.Entry(name, name, shard="train-0.bin", offset=4 * place, height=1, width=1)
+        for place, name in enumerate(names)
+    ]
+    (prepared / "train-0.bin").write_bytes(bytes(4 * len(entries)))
+    index = store.Index(
+        format=FORMAT,
+        name="x",
+        classes=("a",),
+        palette=((0, 0, 0),),
+        ignore_index=255,
+        exif="apply",
+        content="",
+        fold=None,
+        pixels=[1],
+        frequency=[1.0],
+        shards={"train-0.bin": ""},
+        splits={s: [one for one in entries if one.name.startswith(f"{s}/")] for s in images},
+    )
+    store.write_index(prepared, index)
 
 
 def test_training_without_a_val_image_to_validate_on_is_refused(

@@ -10,7 +10,7 @@ import pytest
 from dvc.repo import Repo
 
 from pipeline.data import audit
-from pipeline.data.store import INDEX, Store, write_index
+from pipeline.data.store import INDEX, Store
 from pipeline.disk import FORMAT, file_md5
 from pipeline.yaml12 import read_yaml
 from tests.unit.pairs import data_params, labels, photo, write
@@ -77,12 +77,11 @@ def test_an_index_of_another_version_is_refused_with_the_way_on(
 ):
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     assert index.pop("format") == FORMAT
-    write_index(tmp_path, index if found is None else index | {"format": found})
+    other = index if found is None else index | {"format": found}
+    (tmp_path / INDEX).write_text(json.dumps(other), encoding="utf-8")
     refusal = (
         f"{tmp_path}/index.json has format {found}, and this version of the tool reads format "
         f"{FORMAT}; run `dvc repro -f prepare`, or use the version that wrote it"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(refusal)}$"):
         Store(tmp_path)
-    write_index(tmp_path, index | {"format": FORMAT})
-    assert Store(tmp_path).shards == Store(folder).shards
