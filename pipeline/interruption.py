@@ -59,10 +59,10 @@ def raise_by_signals() -> None:
         signal.signal(number, _raise)
 
 
-def die_by_signals() -> None:
-    """From now on a signal ends the process without a word, as all has been said."""
+def ignore_signals() -> None:
+    """From now on a signal changes nothing: all is done and said, and the process is ending."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline.disk import UNWRITABLE, unwritable
 from pipeline.errors import INTERRUPTED, InputError, Interrupted, shown
-from pipeline.interruption import die_by_signals, end_by_signals, raise_by_signals, say
+from pipeline.interruption import end_by_signals, ignore_signals, raise_by_signals, say
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # of a broken file we say it, with its name
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -72,5 +72,5 @@ def run_main(main: Callable[[], None]) -> None:
             sys.exit(f"error: {path}: permission is denied")
         raise
     finally:
-        die_by_signals()
+        ignore_signals()
         gc.freeze()

@@ -86,7 +86,7 @@ def artifacts(project: Path) -> list[str]:
     """The files that MLflow has of a training's end."""
     return [
         path.relative_to(project).as_posix()
-        for path in (project / "mlartifacts").glob("*/*/artifacts/checkpoints/*")
+        for path in (project / "mlartifacts").glob("*/artifacts/checkpoints/*")
     ]
 
 
@@ -125,10 +125,9 @@ def main() -> None:
 
 def soak(place: Path, ranks: int, kills: int, rng: random.Random) -> int:
     """So many kills of a training on so many ranks; the number of faults."""
-    begun, iterations = time.monotonic(), 30 + kills * MORE * 2
-    whole = make(place / "whole", ranks, iterations)
+    begun, iterations = time.monotonic(), 30 + kills * MORE
+    whole, project = (make(place / name, ranks, iterations) for name in ("whole", "killed"))
     finish(whole, *REPRO)
-    project = make(place / "killed", ranks, iterations)
     rows: list[list[object]] = []
     faults: list[str] = []
     resumed, restarts, slowest = 0, 0, 0.0
