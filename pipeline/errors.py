@@ -26,3 +26,5 @@ class Interrupted(BaseException):
 
     As with KeyboardInterrupt, what handles errors is not to take it for one.
     """
+
+    told = False  # whether the log has the text already

@@ -16,7 +16,7 @@ from pipeline.evaluation.comparison import GateParams
 from pipeline.evaluation.inference import EvaluationParams
 from pipeline.models import ModelParams, head_of
 from pipeline.params import Section, one_of, read_section
-from pipeline.tracking import TrackingParams
+from pipeline.tracking.store import TrackingParams
 from pipeline.training.params import TrainParams
 
 

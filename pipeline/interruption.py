@@ -75,8 +75,8 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 def say(text: str) -> None:
-    """Put a line on the screen, if it says anything; of several ranks the first does."""
-    if text and os.environ.get("RANK", "0") == "0":
+    """Put a line on the screen; of several ranks the first does."""
+    if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
 
 

@@ -28,13 +28,15 @@ MACHINE = {"train.gpus", "train.device", "train.workers", "train.work_dir"}
 class Identity(TypedDict):
     """The content of run.json: which training made the files beside it.
 
-    `run_id` is that of its MLflow run, null where it was tracked nowhere. `code` is a digest of the
-    code and of the files of weights that it started from. `weights` has the md5 of the weights
-    after 1, 10, 100, ... iterations and at the end, `machine` what they were computed on.
+    `run_id` is that of its MLflow run, null where MLflow has not told it yet, and `run_key` our own
+    name of the run, null where it was tracked nowhere. `code` is a digest of the code and of the
+    files of weights that it started from. `weights` has the md5 of the weights after 1, 10, 100,
+    ... iterations and at the end, `machine` what they were computed on.
     """
 
     format: int
     run_id: str | None
+    run_key: str | None
     fingerprint: str
     code: str
     weights: dict[str, str]
@@ -43,6 +45,7 @@ class Identity(TypedDict):
 
 KINDS: dict[str, type | tuple[type, ...]] = {
     "run_id": (str, NoneType),
+    "run_key": (str, NoneType),
     "fingerprint": str,
     "code": str,
     "weights": dict,

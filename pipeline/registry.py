@@ -1,6 +1,6 @@
 """MLflow's registry of models: an exported network becomes a version, the best one has the alias.
 
-As in `tracking.py`, no failure of the store ends a stage: it is said in a line.
+As in `tracking/`, no failure of the store ends a stage: it is said in a line.
 """
 
 import base64
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data.store import Array
 from pipeline.evaluation.report import png
-from pipeline.tracking import TrackingParams, brief_requests, connect, find_run, one_line
+from pipeline.tracking.names import one_line
+from pipeline.tracking.store import TrackingParams, brief_requests, connect, find_run, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,13 +29,15 @@ COMPARABLE = ("data.md5", "split")  # tags of versions whose scores are of the s
 def log_version(
     params: TrackingParams,
     run_id: str | None,
+    key: str | None,
     file: Path,
     example: Array,
     scores: dict[str, Any],
     tags: dict[str, str],
 ) -> None:
-    """Log an ONNX file on the training's run as a model to serve, and register it if it has a name.
+    """Log an ONNX file as a model to serve, and register it if it has a name.
 
+    It is logged on the training's run, which has this id or key.
     `example` is an image (H,W,3) that shows what the model is fed with. A version has `tags` and
     its scores; the alias moves to it where its mean IoU is higher, see `is_better`.
     """
@@ -43,8 +46,8 @@ def log_version(
     name = params.registered_model
     try:
         with brief_requests():
-            client, _ = connect(params)
-            run = find_run(client, run_id)
+            client, experiment = connect(store_uri(params), params.experiment)
+            run = find_run(client, experiment, run_id, key)
         if run is None:
             print(f"MLflow has no run {run_id} of the training: the model is logged nowhere")
             return

@@ -15,7 +15,7 @@ from pipeline.errors import InputError
 from pipeline.params import main_checkout
 from pipeline.provenance import PARAMS, revision_of
 from pipeline.results import WORKSPACE
-from pipeline.tracking import TrackedRun, TrackingParams, artifact_of
+from pipeline.tracking.store import TrackedRun, TrackingParams, artifact_of
 from pipeline.yaml12 import parse_yaml
 
 # What a stage would take for its own from whoever runs this command.

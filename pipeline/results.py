@@ -16,7 +16,7 @@ from pipeline.evaluation.per_image import PER_IMAGE, PerImage
 from pipeline.evaluation.report import PREDICTIONS, read_mask
 from pipeline.experiment import Params
 from pipeline.params import main_checkout
-from pipeline.tracking import TrackedRun, artifact_of, find_runs
+from pipeline.tracking.store import TrackedRun, artifact_of, find_runs
 from pipeline.yaml12 import parse_yaml
 
 WORKSPACE = "workspace"

@@ -62,7 +62,8 @@ def run_main(main: Callable[[], None]) -> None:
     except InputError as error:
         sys.exit("error: " + "\n".join(map(shown, str(error).split("\n"))))
     except Interrupted as ended:
-        say(str(ended))
+        if not ended.told:
+            say(str(ended))
         sys.exit(INTERRUPTED)
     except OSError as error:
         path = error.filename2 or error.filename

@@ -22,7 +22,8 @@ from pipeline.params import flatten, plain
 from pipeline.prediction.calibration import calibrated
 from pipeline.prediction.model import build_predictor, describe, describe_file
 from pipeline.provenance import Identity, dvc_tags, git_tags, read_identity, rebuild_commands
-from pipeline.tracking import INTERVAL_TAG, open_evaluation_run
+from pipeline.tracking.store import INTERVAL_TAG
+from pipeline.tracking.tracker import open_evaluation_run
 from pipeline.training.checkpoint import Checkpoint, load_checkpoint
 from pipeline.training.state import State, evaluation_code, evaluation_fingerprint
 from stages import keep_freed_memory, run_main
@@ -219,6 +220,7 @@ def record(
     tracker = open_evaluation_run(
         params.tracking,
         identity["run_id"],
+        identity["run_key"],
         fingerprint=fingerprint,
         name=f"evaluation-{fingerprint[:8]}",
         parameters=flatten(logged),

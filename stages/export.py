@@ -63,6 +63,7 @@ def run(params: Params, store: Store) -> None:
     log_version(
         params.tracking,
         identity["run_id"],
+        identity["run_key"],
         file=files["onnx"],
         example=split[0][0],
         scores=scores,

@@ -1,6 +1,10 @@
-"""`python -m stages.runs`: the experiments that MLflow knows, and whether one can be had again."""
+"""`python -m stages.runs`: the experiments that MLflow knows, and whether one can be had again.
+
+Also `--sync`: what earlier runs could not tell it.
+"""
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from pipeline.errors import InputError
@@ -10,7 +14,8 @@ from pipeline.params import differing
 from pipeline.provenance import first_of
 from pipeline.reproduction import commands, verify
 from pipeline.results import ambiguous, runs_called
-from pipeline.tracking import INTERVAL_TAG, TrackedRun, find_runs
+from pipeline.tracking.delivery import deliver, told_of, waiting_spools
+from pipeline.tracking.store import INTERVAL_TAG, Patience, TrackedRun, find_runs, reason
 from stages import at_least_1, run_main
 
 NAMED = 4  # differing parameters in a line
@@ -43,7 +48,16 @@ def main() -> None:
         metavar="REV",
         help="verify with the code of another revision, or of `workspace`: is it still the same?",
     )
+    parser.add_argument(
+        "--sync",
+        action="store_true",
+        help="send what MLflow could not be told while its server was away; to the store that it "
+        "was meant for, or to that of MLFLOW_TRACKING_URI, where this is set",
+    )
     options = parser.parse_args()
+    if options.sync:
+        sync(os.environ.get("MLFLOW_TRACKING_URI"))
+        return
     params = load_params()
     runs = find_runs(params.tracking)
     if options.reproduce:
@@ -53,6 +67,34 @@ def main() -> None:
         print(verify(run, params.tracking, until=options.until, code=options.code))
     else:
         print_table(runs)
+
+
+def sync(uri: str | None) -> None:
+    """Send what waits, and say of each run what was sent; one that fails stops no other.
+
+    Raises:
+        InputError: something still waits.
+    """
+    Patience.begin()
+    spools = waiting_spools()
+    failed = 0
+    for spool in spools:
+        told = told_of(spool)
+        try:
+            if deliver(spool, uri):
+                print(f"sent {told} of run {spool.key}")
+            else:
+                print(f"run {spool.key}: another process is sending {told}")
+        except Exception as error:
+            failed += 1
+            print(f"run {spool.key}: {told} still wait in {spool.folder}: {reason(error)}")
+    if failed:
+        raise InputError(
+            "what is above could not be sent; try again, or name another "
+            "store by MLFLOW_TRACKING_URI"
+        )
+    if not spools:
+        print("nothing waits: MLflow has all that was logged")
 
 
 def one_of(runs: Sequence[TrackedRun], name: str) -> TrackedRun:

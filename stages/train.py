@@ -30,7 +30,7 @@ from pipeline.params import flatten, plain
 from pipeline.precision import PRECISIONS, Normalization
 from pipeline.prediction.calibration import fit_temperature
 from pipeline.provenance import PARAMS, Identity, changed_params, dvc_tags, git_tags, run_name
-from pipeline.tracking import Tracker, open_training_run, tracked
+from pipeline.tracking.tracker import Tracker, open_training_run, tracked
 from pipeline.training.checkpoint import (
     Best,
     Checkpoint,
@@ -118,7 +118,7 @@ def run(params: Params, device: torch.device, until: int | None) -> None:
             above,
         ):
             verification.finish()
-            distributed.when_lost(partial(tracker.finish, "KILLED"))
+            distributed.when_lost(partial(tracker.finish, "KILLED", "another process hung"))
             Training(
                 learner,
                 progress,
@@ -165,12 +165,9 @@ def run(params: Params, device: torch.device, until: int | None) -> None:
 
 def end_late(tracker: Tracker, asked: signal.Signals) -> None:
     """A signal has come, and the step or what it waits for has not ended in time."""
-    log.warning(
-        "ended by %s, in the middle of what takes too long; the same command goes on from the last "
-        "checkpoint",
-        asked.name,
-    )
-    tracker.finish("KILLED")
+    said = f"ended by {asked.name}, in the middle of what takes too long"
+    log.warning("%s; the same command goes on from the last checkpoint", said)
+    tracker.finish("KILLED", said)
 
 
 def result_of(params: Params) -> dict[str, Any]:
@@ -327,7 +324,7 @@ def open_run(params: Params, store: Store, state: State, progress: Progress) -> 
         del tags["world_size"]  # of the processes that trained it, which these are not
     tracker = open_training_run(
         params.tracking,
-        state.run_id,
+        state.run_key,
         state.remember_run,
         name=name,
         parameters=flatten(parameters),
@@ -389,7 +386,8 @@ def record_outputs(
     work_dir = Path(params.train.work_dir)
     identity = Identity(
         format=FORMAT,
-        run_id=tracker.run_id or state.run_id,  # an attempt may have opened it before this one
+        run_id=tracker.run_id,
+        run_key=tracker.key or state.run_key,  # an attempt may have opened it before this one
         fingerprint=state.fingerprint,
         code=code,
         weights=hashes,

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from pipeline.tracking import TrackingParams, open_training_run
+from pipeline.tracking.store import TrackingParams
+from pipeline.tracking.tracker import open_training_run
 
 ITERATIONS, VALIDATION = 30, 5
 SCORES = [f"val/iou.class {c}" for c in range(1050)]
@@ -34,15 +35,15 @@ def entry(iteration: int, interval: int) -> dict[str, float]:
 def attempt(folder: Path, interval: int) -> None:
     saved = folder / "state.json"
     iteration, history = json.loads(saved.read_text()) if saved.is_file() else (0, [])
-    run = folder / "run_id"
+    run = folder / "run_key"
     tracker = open_training_run(
         TrackingParams(uri=None, experiment="kills", log_interval=1),
         run.read_text() if run.is_file() else None,
         run.write_text,
-        "run",
-        {},
-        {},
-        ("data", "md5", "source"),
+        name="run",
+        parameters={},
+        tags={},
+        dataset=("data", "md5", "source"),
     )
     for old in history:
         tracker.log(old)

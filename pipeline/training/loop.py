@@ -271,12 +271,13 @@ class Training:
         self.writer.wait()
         self._bar.close()
         asked = self.interruption.asked
-        log.warning(
-            "ended by %s after iteration %d, whose state is saved; the same command goes on there",
-            asked.name if asked else "a signal to another process",
-            self.progress.iteration,
+        ended = Interrupted(
+            f"ended by {asked.name if asked else 'a signal to another process'} after iteration "
+            f"{self.progress.iteration}, whose state is saved; the same command goes on there"
         )
-        raise Interrupted
+        ended.told = True
+        log.warning("%s", ended)
+        raise ended
 
 
 def train_step(learner: Learner, batch: Batch, accumulation: int, leave_out: bool = False) -> Step:

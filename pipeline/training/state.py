@@ -187,7 +187,7 @@ class State:
         self._before = self.folder / "state-before.pt"
         self._usable = True  # whether state.pt is worth keeping when another one is saved
         self._last_best: Path | None = None  # that of the last state that was saved or loaded
-        self._run_id = self.folder / "run_id"
+        self._run_key = self.folder / "run_key"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -340,13 +340,13 @@ class State:
         return self.folder / f"best-{best['iteration']}.pt" if best else None
 
     @property
-    def run_id(self) -> str | None:
-        """The MLflow run of this training, if one was opened."""
-        return self._run_id.read_text() if self._run_id.is_file() else None
+    def run_key(self) -> str | None:
+        """The key of this training's MLflow run, if one was begun."""
+        return self._run_key.read_text() if self._run_key.is_file() else None
 
-    def remember_run(self, run_id: str) -> None:
-        """Keep the MLflow run of this training, whatever happens next."""
-        write_atomically(self._run_id, lambda file: file.write(run_id.encode()))
+    def remember_run(self, key: str) -> None:
+        """Keep the key of this training's MLflow run, whatever happens next."""
+        write_atomically(self._run_key, lambda file: file.write(key.encode()))
 
 
 class Writer:

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.tracking import TrackingParams, open_evaluation_run, open_training_run
+from pipeline.tracking.store import TrackingParams
+from pipeline.tracking.tracker import open_evaluation_run, open_training_run
 from tests.browser import Browser
 from tests.project import REPOSITORY, environment, query
 
@@ -58,7 +59,7 @@ def fill(folder: Path) -> None:
                     training.log_picture(step, f"val_{name}", [image, *ids], COLOURS)
         training.finish("FINISHED")
         evaluation = open_evaluation_run(
-            PARAMS, kept[0], f"{number}" * 32, f"evaluation-{number}", {}, tags, DATA
+            PARAMS, None, kept[0], f"{number}" * 32, f"evaluation-{number}", {}, tags, DATA
         )
         measured = {"mean_iou": score, "mean_dice": score, "pixel_accuracy": 0.9}
         evaluation.log({"iteration": 0} | {f"test/{name}": one for name, one in measured.items()})

@@ -4,9 +4,8 @@ import csv
 import json
 import os
 import signal
-import socket
+import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.project import dvc, environment, make_project, metrics, query, run
+from tests.project import dvc, environment, make_project, metrics, query
 
 COUNTS = {"train": 10, "val": 3, "test": 3}
 
@@ -51,9 +50,9 @@ def wait_for_points(project: Path, step: int, process: "subprocess.Popen[bytes]"
 
 
 def last_step(project: Path) -> int:
-    if not list(project.glob(".dvc/tmp/instep/*/run_id")):  # the store may still be without tables
-        return 0
-    return query(project, "SELECT max(step) FROM metrics WHERE key = 'train/loss'")[0][0] or 0
+    with suppress(sqlite3.OperationalError):  # there may be no table yet
+        return query(project, "SELECT max(step) FROM metrics WHERE key = 'train/loss'")[0][0] or 0
+    return 0
 
 
 def stage_of(process: "subprocess.Popen[bytes]") -> psutil.Process:
@@ -126,14 +125,3 @@ def test_an_ended_experiment_is_shown_as_killed_and_goes_on_as_another(tmp_path:
     assert tags["dvc.exp_name"] == "second"
     times = "SELECT count(*) FROM metrics WHERE key = 'train/loss' GROUP BY step"
     assert set(query(project, times)) == {(1,)}
-
-
-def test_a_server_that_is_away_ends_no_stage(project: Path) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        away = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{unused.getsockname()[1]}"}
-        for stage in ("train", "evaluate"):
-            said = run([sys.executable, "-m", f"stages.{stage}"], project, **away).stdout
-            assert said.count("tracked nowhere") == 1
-    assert json.loads((project / "outputs/run.json").read_text())["run_id"] is None
-    assert len(query(project, "SELECT run_uuid FROM runs")) == 1

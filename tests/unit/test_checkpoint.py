@@ -271,12 +271,12 @@ def test_outputs_are_the_last_and_the_best_checkpoint_and_the_curves(states: Pat
     assert (tmp_path / "out/val.tsv").read_text() == "iteration\tmean_iou\n2\t0.25\n"
 
 
-def test_a_run_id_is_kept(states: Path):
+def test_the_key_of_a_run_is_kept(states: Path):
     state = State("f")
-    assert state.run_id is None
+    assert state.run_key is None
     with state.locked():
         state.remember_run("abc")
-    assert State("f").run_id == "abc"
+    assert State("f").run_key == "abc"
 
 
 HOLD = """

@@ -20,7 +20,7 @@ from pipeline.precision import PRECISIONS, Normalization
 from pipeline.prediction.export import METADATA, export_onnx, feeds, open_session, run_session
 from pipeline.prediction.parity import Measured, check
 from pipeline.registry import is_better
-from pipeline.tracking import TrackingParams
+from pipeline.tracking.store import TrackingParams
 from tests.unit.sections import REPOSITORY, build
 from tests.unit.test_models import options
 

@@ -24,7 +24,8 @@ NAMES = recipe.names()
 # What a recipe leaves to the user and the machine; all else it sets.
 LEFT = {
     *recipe.LEFT,
-    *(f"train.{name}" for name in ("gpus", "device", "workers", "seed", "deterministic")),
+    *(f"train.{name}" for name in ("gpus", "device", "workers", "timeout")),
+    *(f"train.{name}" for name in ("seed", "deterministic")),
     "train.work_dir",
     "gate",
     *(

@@ -5,30 +5,31 @@ import logging
 import os
 import random
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 from mlflow.utils.validation import _validate_metric_name
 from PIL import Image
 
-from pipeline import tracking
-from pipeline.tracking import (
+from pipeline.tracking import delivery
+from pipeline.tracking import tracker as tracking
+from pipeline.tracking.delivery import waiting_spools
+from pipeline.tracking.names import curve_of, metric_name
+from pipeline.tracking.spool import Spool, Start, all_spools, new_key, spools_folder
+from pipeline.tracking.store import TrackingParams, find_runs
+from pipeline.tracking.tracker import (
+    MlflowTracker,
     Tracker,
-    TrackingParams,
-    curve_of,
-    find_runs,
-    metric_name,
     open_evaluation_run,
     open_training_run,
     tracked,
@@ -51,12 +52,12 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(
     tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, caplog: object
 ) -> Path:
-    """A main checkout whose store is empty; ends of runs wait for a second at most."""
+    """A main checkout whose store is empty; ends of runs wait two seconds where that fails."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
-    monkeypatch.setattr(tracking, "PATIENCE", 1.0)
+    monkeypatch.setattr(tracking, "HASTE", 2.0)
     monkeypatch.setattr(tracking, "RETRY", 0.1)
     caplog.set_level(logging.INFO, "instep")
     shutil.copyfile(empty_store, tmp_path / "mlflow.db")
@@ -68,14 +69,31 @@ def folder(
 
 def start(folder: Path, name: str = "run", **tags: str) -> Tracker:
     """A training of a folder: its first attempt, or the next."""
-    kept = folder / "run_id"
-    run_id = kept.read_text() if kept.is_file() else None
+    kept = folder / "run_key"
+    key = kept.read_text() if kept.is_file() else None
     parameters = {"train.lr": 0.1}
-    return open_training_run(PARAMS, run_id, kept.write_text, name, parameters, tags, DATA)
+    return open_training_run(
+        PARAMS,
+        key,
+        kept.write_text,
+        name=name,
+        parameters=parameters,
+        tags=tags,
+        dataset=DATA,
+    )
 
 
-def evaluate(run_id: str | None) -> Tracker:
-    return open_evaluation_run(PARAMS, run_id, "f" * 32, "evaluation", {}, {}, DATA)
+def evaluate(key: str | None, run_id: str | None = None) -> Tracker:
+    return open_evaluation_run(
+        PARAMS,
+        run_id,
+        key,
+        fingerprint="f" * 32,
+        name="evaluation",
+        parameters={},
+        tags={},
+        dataset=DATA,
+    )
 
 
 def rows(folder: Path, sql: str) -> list[tuple]:
@@ -93,6 +111,13 @@ def points(folder: Path) -> Counter[tuple[str, int]]:
     """Metric and step of all points but the machine's load, each with how often it is there."""
     sampled = "key LIKE 'system/%' AND key != 'system/images_per_second'"
     return Counter(rows(folder, f"SELECT key, step FROM metrics WHERE NOT ({sampled})"))
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, method: str, times: int = 1000) -> list[str]:
@@ -229,64 +254,51 @@ def test_a_run_is_asked_for_few_things(folder: Path, monkeypatch: pytest.MonkeyP
     asked = broken(monkeypatch, "get_metric_history", times=0)
     scores = {f"val/iou.class {number}": 0.5 for number in range(150)}
     history = [{"iteration": i, "train/loss": 1.0, "train/lr": 0.1} | scores for i in range(1, 21)]
-    for attempt in range(2):
+    for _ in range(2):
         tracker = start(folder)
         for entry in history:
             tracker.log(entry)
         tracker.finish("KILLED")
-        if attempt == 0:
-            assert asked == []
-    assert len(asked) == 2
+    assert asked == []
     assert set(points(folder).values()) == {1}
     assert len(points(folder)) == 20 * 152
 
 
-@pytest.mark.slow
-def test_a_server_that_is_away_delays_the_start_by_seconds(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused.getsockname()[1]}")
-        began = time.monotonic()
-        with tracked(start(folder)):
-            pass
-        assert time.monotonic() - began < 20
-    (line,) = caplog.messages
-    assert "tracked nowhere" in line
-    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
-
-
-def test_a_store_that_does_not_answer_delays_the_start_by_so_much(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_tables_that_another_process_creates_delay_the_start_by_so_much(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "OPENING", 0.5)
     (folder / ".dvc/tmp").mkdir(parents=True)
-    with FileLock(folder / ".dvc/tmp/instep-mlflow.lock"):  # another process waits for the store
-        start(folder).finish("FINISHED")
-    for thread in threading.enumerate():
-        if thread.name == "mlflow-open":  # it makes the tables now; the next test's would collide
-            thread.join()
-    (line,) = caplog.messages
-    assert "tracked nowhere" in line
-    assert "0.5 s" in line
+    with FileLock(folder / ".dvc/tmp/instep-mlflow.lock"):
+        began = time.monotonic()
+        tracker = start(folder)
+        assert time.monotonic() - began < 5
+    tracker.log({"iteration": 1, "val/mean_iou": 0.5})
+    tracker.finish("FINISHED")
+    assert points(folder) == {("val/mean_iou", 1): 1}
 
 
 @pytest.mark.parametrize(
     "method", ["get_experiment_by_name", "create_run", "get_run", "update_run", "search_runs"]
 )
-def test_a_store_that_fails_as_a_run_is_opened_ends_no_stage(
+def test_what_a_store_that_fails_as_a_run_is_opened_has_missed_is_sent_later(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
 ) -> None:
     if method in ("get_run", "update_run"):  # another attempt's
         start(folder).finish("KILLED")
-    broken(monkeypatch, method)
-    tracker = evaluate(None) if method == "search_runs" else start(folder)
-    tracker.log({"iteration": 1, "val/mean_iou": 0.5})
-    tracker.finish("FINISHED")
-    (line,) = caplog.messages
-    assert "tracked nowhere" in line
-    assert "the disk of the store is full" in line
+    with monkeypatch.context() as context:
+        broken(context, method)
+        tracker = evaluate(None, "0" * 32) if method == "get_run" else start(folder)
+        tracker.log({"iteration": 1, "val/mean_iou": 0.5})
+        tracker.finish("FINISHED")
+        _, line = caplog.messages
+    wait_until(lambda: len(waiting_spools()) == 1)
+    (spool,) = waiting_spools()
+    assert "1 point, its parameters and tags, its end of this run wait in" in line
+    assert f"{spool.folder}: the disk of the store is full; the next run sends them" in line
+    start(folder, "next").finish("FINISHED")
+    wait_until(lambda: not waiting_spools())
+    assert points(folder) == {("val/mean_iou", 1): 1}
 
 
 @pytest.mark.parametrize("method", ["log_batch", "log_inputs", "set_terminated"])
@@ -306,14 +318,12 @@ def test_what_a_store_refuses_for_a_while_arrives_once(
     assert len(caplog.messages) == 2  # that it waits, and that it has arrived
 
 
-def test_what_is_lost_is_said_in_one_line(
+def test_what_waits_is_said_in_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = start(folder)
     tracker.log({"iteration": 1, "val/mean_iou": 0.5})
-    deadline = time.monotonic() + 20
-    while not points(folder) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: bool(points(folder)))
     for method in ("log_batch", "set_terminated", "log_artifact", "log_artifacts"):
         broken(monkeypatch, method)
     for iteration in range(2, 9):
@@ -326,7 +336,123 @@ def test_what_is_lost_is_said_in_one_line(
     tracker.finish("FINISHED")
     tracker.finish("FINISHED")
     _, line = caplog.messages
-    assert "lacks 14 points, its end, 3 files: the disk of the store is full" in line
+    assert line.startswith("14 points, 3 files, its end of this run wait in")
+
+
+def test_what_the_store_refuses_for_good_holds_up_nothing_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = MlflowClient.log_batch
+
+    def picky(client: MlflowClient, run_id: str, **given: list) -> None:
+        if any("bad" in one.key for kind in given.values() for one in kind):
+            raise MlflowException("no such names", error_code=INVALID_PARAMETER_VALUE)
+        real(client, run_id, **given)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", picky)
+    tracker = start(folder, bad="tag", good="tag")
+    for iteration in range(1, 8):
+        tracker.log({"iteration": iteration, "val/mean_iou": 0.5, f"val/bad{iteration}": 0.5})
+    tracker.finish("FINISHED")
+    assert points(folder) == {("val/mean_iou", iteration): 1 for iteration in range(1, 8)}
+    assert ("good", "tag") in rows(folder, "SELECT key, value FROM tags")
+    assert rows(folder, "SELECT status FROM runs") == [("FINISHED",)]
+    assert sum("refuses" in line and "bad" in line for line in caplog.messages) == 8
+
+
+def test_a_lost_spool_makes_no_point_twice(folder: Path) -> None:
+    tracker = start(folder)
+    history = [{"iteration": i, "train/loss": 1.0, "val/mean_iou": 0.5} for i in range(1, 5)]
+    for steps in (4, 6):
+        for entry in [*history, {"iteration": 6, "train/loss": 0.5}][:steps]:
+            tracker.log(entry)
+        tracker.finish("KILLED")
+        shutil.rmtree(spools_folder())
+        tracker = start(folder)
+    tracker.finish("FINISHED")
+    assert set(points(folder).values()) == {1}
+    assert len(points(folder)) == 9
+
+
+def test_a_full_disk_delays_what_is_told_and_loses_nothing(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = start(folder)
+    assert isinstance(tracker, MlflowTracker)
+    writer = tracker._writer
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        real, writer._file = writer._file, full
+        for iteration in range(1, 4):
+            tracker.log({"iteration": iteration, "val/mean_iou": 0.5})
+        writer._file = real
+    tracker.log({"iteration": 4, "val/mean_iou": 0.5})
+    tracker.finish("FINISHED")
+    assert points(folder) == {("val/mean_iou", iteration): 1 for iteration in range(1, 5)}
+    (line,) = caplog.messages
+    assert "No space left on device" in line
+
+
+def test_without_mlflow_nothing_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    for tracker in (start(folder), evaluate(None)):
+        tracker.log({"iteration": 1, "val/mean_iou": 0.5})
+        tracker.finish("FINISHED")
+        assert tracker.run_id is None
+    assert caplog.messages == ["this run is tracked nowhere, MLflow is not installed"] * 2
+    assert not spools_folder().exists()
+    assert not (folder / "run_key").exists()
+
+
+def test_what_an_attempt_says_comes_after_what_the_one_before_it_said(folder: Path) -> None:
+    key = new_key()
+    (folder / "run_key").write_text(key)
+    about = Start(
+        uri="",
+        experiment="tests",
+        name="run",
+        time=1,
+        params={},
+        tags={},
+        dataset=DATA,
+        evaluation=None,
+        run_id=None,
+        training=None,
+    )
+    before = Spool(key).begin(about)  # of a process that has not ended
+    before.write("points", {"time": 1, "step": 1, "values": {"train/loss": 1.0}})
+    tracker = start(folder)
+    tracker.log({"iteration": 2, "train/loss": 0.5})
+    time.sleep(0.5)
+    assert not points(folder)
+    before.close()
+    tracker.finish("FINISHED")
+    assert points(folder) == {("train/loss", 1): 1, ("train/loss", 2): 1}
+
+
+def test_a_key_that_is_none_begins_another_run(folder: Path) -> None:
+    (folder / "run_key").write_text("../../elsewhere")
+    start(folder).finish("FINISHED")
+    assert (folder / "run_key").read_text() != "../../elsewhere"
+    assert rows(folder, "SELECT status FROM runs") == [("FINISHED",)]
+
+
+def test_what_is_told_of_an_old_training_is_forgotten(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(folder).finish("KILLED")
+    (spool,) = all_spools()
+    wait_until(lambda: not any(session.live for session in spool.sessions()))
+    for path in (spool.folder, *spool.folder.iterdir()):
+        os.utime(path, (0, 0))
+    monkeypatch.setattr(delivery, "KEPT_DAYS", 1e6)
+    assert waiting_spools() == []
+    assert spool.sessions()
+    monkeypatch.undo()
+    monkeypatch.setenv("DVC_ROOT", str(folder))
+    assert waiting_spools() == []
+    assert not spool.folder.exists()
 
 
 def test_an_error_in_the_training_fails_its_run(folder: Path) -> None:
@@ -350,7 +476,7 @@ def test_a_run_has_the_name_and_the_tags_of_the_experiment_that_goes_on_with_it(
     first = {"dvc.exp_name": "first", "dvc.baseline_rev": "1"}
     start(folder, "first", **first).finish("KILLED")
     MlflowClient(f"sqlite:///{folder}/mlflow.db").update_run(
-        (folder / "run_id").read_text(), name="by hand"
+        rows(folder, "SELECT run_uuid FROM runs")[0][0], name="by hand"
     )
     start(folder, "first", **first).finish("KILLED")
     assert named() == ("by hand", first)

@@ -58,7 +58,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def test_a_large_gradient_is_cut_down_to_the_norm():
     steps = {}
-    for limit in (None, 1e-3, 1e9):
+    for limit in (None, 1e-3, 1e6):
         given = setting(clip_grad_norm=limit, momentum=0.0, weight_decay=0.0)
         learner = learner_of(given)
         before = weights(learner.network)
@@ -67,7 +67,7 @@ def test_a_large_gradient_is_cut_down_to_the_norm():
         steps[limit] = torch.cat([(after[name] - before[name]).flatten() for name in before])
     assert steps[None].norm() > 0.05 * 2e-3
     assert steps[1e-3].norm().item() == pytest.approx(0.05 * 1e-3, rel=1e-3)
-    assert torch.equal(steps[None], steps[1e9])
+    assert torch.equal(steps[None], steps[1e6])
 
 
 def test_the_average_follows_the_weights_and_has_the_statistics_of_the_model():
