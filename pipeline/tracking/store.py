@@ -239,7 +239,7 @@ def _create(uri: str) -> None:
     from mlflow import MlflowClient
 
     path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or path.exists():
+    if not uri.startswith("sqlite:///") or "?" in uri or path.exists():
         return
     temporary = path.with_name(f".{path.name}.tmp")
     for left in path.parent.glob(f"{temporary.name}*"):  # of an earlier kill, with its journal

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from pipeline.disk import file_md5
 from tests.faults.stage import ENDED, end_of, said, started, state_of, wait_for
 from tests.pipeline.test_killed import FILES, curves
-from tests.project import make_project, query, stage
+from tests.project import REPOSITORY, environment, make_project, query, stage
 
 pytestmark = pytest.mark.slow
 
@@ -133,3 +134,24 @@ def test_other_stages_end_at_once_in_a_line(name: str, uninterrupted: Path, tmp_
             assert code == 75, text
             assert text.splitlines()[-1].startswith(f"ended by {signal.Signals(number).name}; ")
             assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(("end", "code"), [("pass", 0), ("raise InputError('no')", 1)])
+def test_a_signal_after_the_end_changes_nothing(end: str, code: int, tmp_path: Path) -> None:
+    program = (
+        "import atexit, os, signal\n"
+        "from pipeline.errors import InputError\n"
+        "from stages import run_main\n"
+        f"def main():\n    {end}\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "run_main(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(REPOSITORY)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code
+    assert done.stderr == ("error: no\n" if code else "")
