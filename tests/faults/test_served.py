@@ -14,7 +14,7 @@ from tests.fuzz.serving import claiming
 
 def test_an_image_that_claims_too_many_pixels_is_refused_by_its_header() -> None:
     given = base64.b64encode(claiming(20_000, 20_001)).decode()
-    with pytest.raises(MlflowException, match="image 3 has 20001 x 20000 pixels.*at most 8388608"):
+    with pytest.raises(MlflowException, match=r"image 3 has 20001 x 20000 pixels.*at most 8388608"):
         decoded(given, 3, LARGEST)
 
 

@@ -132,11 +132,7 @@ def soak(place: Path, ranks: int, kills: int, rng: random.Random) -> int:
     faults: list[str] = []
     resumed, restarts, slowest = 0, 0, 0.0
     for number, phase in enumerate(plan(kills, rng), start=1):
-        lock = project / "dvc.lock"
-        evaluated = lock.is_file() and "evaluate:" in lock.read_text()
-        again = phase in ("upload", "evaluation") and evaluated
-        attempt = Attempt(project, *(EVALUATE if again else REPRO))
-        wait(attempt, phase, rng)
+        attempt = before_a_kill(project, phase, rng)
         hit = kill(attempt, rng.choice(VICTIMS), rng)
         _, seconds, left = attempt.end()
         continued = [int(found) for found in CONTINUED.findall(attempt.said())]
@@ -160,6 +156,18 @@ def soak(place: Path, ranks: int, kills: int, rng: random.Random) -> int:
     print(f"longest end {slowest:.1f} s, all {time.monotonic() - begun:.0f} s")
     print("\n".join(f"FAULT: {fault}" for fault in faults) or "no fault", flush=True)
     return len(faults)
+
+
+def before_a_kill(project: Path, phase: str, rng: random.Random) -> Attempt:
+    """An attempt at the moment of its kill; another, where one ends before that."""
+    while True:
+        lock = project / "dvc.lock"
+        evaluated = lock.is_file() and "evaluate:" in lock.read_text()
+        again = phase in ("upload", "evaluation") and evaluated
+        attempt = Attempt(project, *(EVALUATE if again else REPRO))
+        wait(attempt, phase, rng)
+        if attempt.process.poll() is None:
+            return attempt
 
 
 def foreign(text: str) -> list[str]:
