@@ -92,6 +92,9 @@ def finishing(late: Callable[[signal.Signals], None]) -> Iterator[Interruption]:
     the process: the main thread may be waiting inside of torch for a process that is no more. A
     second Ctrl-C ends the process at once. A second SIGTERM does not, as the kernel sends one, too,
     when the parent ends, which the same signal may have ended.
+
+    Raises:
+        Interrupted: a signal has come, and the block has ended by itself.
     """
     interruption = Interruption()
     reader, writer = os.pipe()
@@ -128,6 +131,8 @@ def finishing(late: Callable[[signal.Signals], None]) -> Iterator[Interruption]:
         thread.join()
         os.close(reader)
         os.close(writer)
+    if interruption.asked is not None:  # all was done; whoever has sent it is to know that it came
+        raise Interrupted(_said(interruption.asked))
 
 
 def _signal(reader: int) -> signal.Signals | None:

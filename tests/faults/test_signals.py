@@ -5,11 +5,14 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.disk import file_md5
+from pipeline.errors import Interrupted
+from pipeline.interruption import finishing
 from tests.faults.stage import ENDED, end_of, said, started, state_of, wait_for
 from tests.pipeline.test_killed import FILES, curves
 from tests.project import REPOSITORY, environment, make_project, query, stage
@@ -134,6 +137,17 @@ def test_other_stages_end_at_once_in_a_line(name: str, uninterrupted: Path, tmp_
             assert code == 75, text
             assert text.splitlines()[-1].startswith(f"ended by {signal.Signals(number).name}; ")
             assert "Traceback" not in text
+
+
+def test_a_signal_that_comes_too_late_to_end_anything_is_told_of() -> None:
+    def work() -> None:
+        with finishing(print) as interruption:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while interruption.asked is None:
+                time.sleep(0.01)
+
+    with pytest.raises(Interrupted, match="ended by SIGTERM; "):
+        work()
 
 
 @pytest.mark.parametrize(("end", "code"), [("pass", 0), ("raise InputError('no')", 1)])
