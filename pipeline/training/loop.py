@@ -206,6 +206,7 @@ class Training:
         entry: HistoryEntry = {"iteration": progress.iteration}
         scores = self._validate() if validates else {}
         if scores is None:
+            self._save(improved=False)
             self._interrupt()
         stops = validates and stopped_early([*progress.history, entry | scores], self.options)
         if logs or stops:
@@ -213,14 +214,15 @@ class Training:
             entry |= mean_terms(progress) | {"train/lr": rate} | self._watch.read()
             self._bar.set_postfix_str(summary_line(entry, ", "))
         entry |= scores
-        if self._first and len(entry) > 1:
-            progress.history.append(entry)
-            self.track(entry)
-            log.info("%s", summary_line(entry, "  "))
+        if len(entry) > 1:
+            progress.history.append(entry)  # on all ranks, which all stop early by it
+            if self._first:
+                self.track(entry)
+                log.info("%s", summary_line(entry, "  "))
         ends = last or stops or progress.iteration == self.until
         if self._first and (progress.iteration in HASHED or ends):
             progress.hashes[str(progress.iteration)] = weights_md5(self.learner.network)
-        if saves:
+        if saves or self._asked:
             best = progress.best
             self._save(improved=best is not None and best["iteration"] == progress.iteration)
         if stops:
@@ -266,8 +268,7 @@ class Training:
             )
 
     def _interrupt(self) -> NoReturn:
-        """Save the state after this very iteration, and end."""
-        self._save(improved=False)
+        """End: the state after this very iteration is being saved."""
         self.writer.wait()
         self._bar.close()
         asked = self.interruption.asked

@@ -110,7 +110,8 @@ def test_a_training_ends_early_after_so_many_validations_without_a_gain(
 
 @pytest.mark.slow
 def test_a_training_that_ended_early_leaves_all_outputs_and_stays_ended(project: Path) -> None:
-    set_params(project, {"train.early_stop": {"patience": 1, "min_gain": 1.0}})
+    early = {"patience": 1, "min_gain": 1.0}
+    set_params(project, {"train.early_stop": early, "train.gpus": 2})
     log = stage(project, "train")
     assert "train.early_stop" in log
     assert state_of(project)["checkpoint"]["iteration"] == 8
