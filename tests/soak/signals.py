@@ -111,7 +111,8 @@ def ended(project: Path, phase: str, number: signal.Signals, rng: random.Random,
     if not named and phase == "training" and step < before:
         wrong.append(f"the state went from {before} back to {step}")
     where = "dvc" if by_dvc else "stage"
-    told = named[2] if named else ("all was done" if all_done else "what is left")
+    left_over = "what is left" if LEFT.search(said) else "nothing"
+    told = named[2] if named else ("all was done" if all_done else left_over)
     row = [phase, number.name, where, f"{seconds:.1f}", code, len(lines), told, step, left]
     return row, wrong
 
