@@ -153,14 +153,17 @@ def hand_over(module: str, processes: int, arguments: Sequence[str] = ()) -> boo
             child.kill()
         sys.exit(INTERRUPTED)
     except ChildFailedError as error:
+        _, first = error.get_first_failure()
         killed = [
             f"rank {one} (process {it.pid}) was ended by {it.signal_name()}"
-            for one, it in error.failures.items()
+            for one, it in error.failures.items()  # those too that torchrun has ended after it
             if it.exitcode < 0
+            and it.exitcode != -signal.SIGTERM
+            and it.timestamp <= first.timestamp + 1
         ]
         if killed:
             sys.exit(f"{'; '.join(killed)}; the same command does what is left")
-        sys.exit(error.get_first_failure()[1].exitcode)
+        sys.exit(first.exitcode)
     return True
 
 
@@ -232,10 +235,12 @@ def _monitored(patience: float) -> Iterator[None]:
     _monitor = Monitor(store, rank(), world_size(), patience)
     barrier()
     _monitor.start()
+    done = False
     try:
         yield
+        done = True
     finally:
-        _monitor.close()
+        _monitor.close(done)
         _monitor = None
 
 

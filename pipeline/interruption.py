@@ -42,7 +42,8 @@ class Interruption:
             self._immediate = False
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """The handler of all signals; `asked` is set by another thread."""
+        """The handler of all signals."""
+        self.asked = self.asked or signal.Signals(number)
         if self._immediate:
             raise Interrupted(_said(number))
 
@@ -104,7 +105,7 @@ def finishing(late: Callable[[signal.Signals], None]) -> Iterator[Interruption]:
         asked = _signal(reader)
         if asked is None:
             return
-        interruption.asked = asked
+        interruption.asked = interruption.asked or asked
         alarm = threading.Timer(PATIENCE, end, [asked])
         alarm.daemon = True
         alarm.start()
@@ -114,19 +115,21 @@ def finishing(late: Callable[[signal.Signals], None]) -> Iterator[Interruption]:
         alarm.cancel()
 
     def end(asked: signal.Signals) -> None:
-        late(asked)
-        os._exit(INTERRUPTED)
+        try:
+            late(asked)
+        finally:
+            os._exit(INTERRUPTED)
 
     thread = threading.Thread(target=note, name="signals", daemon=True)
     thread.start()
-    before = {number: signal.signal(number, interruption.receive) for number in SIGNALS}
     descriptor = signal.set_wakeup_fd(writer)
+    before = {number: signal.signal(number, interruption.receive) for number in SIGNALS}
     try:
         yield interruption
     finally:
-        signal.set_wakeup_fd(descriptor)
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(descriptor)
         os.write(writer, DONE)
         thread.join()
         os.close(reader)

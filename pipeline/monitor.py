@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 log = logging.getLogger("instep")
@@ -70,7 +71,7 @@ class Monitor:
         self._keys = [f"instep/{one}" for one in range(world_size)]
         self.at("the start", FIRST)
         self._heard = [(b"", time.monotonic())] * world_size  # what, and since when
-        self._ended = threading.Event()
+        self._ended, self._done = threading.Event(), False
         self.lost: Callable[[], object] = lambda: None  # called before the end, where it is said
         self._tell()
         self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
@@ -88,8 +89,9 @@ class Monitor:
         """It gets on with what it does there."""
         self._moved = max(self._moved, time.monotonic())
 
-    def close(self) -> None:
-        """It has done its part; the others may go on without it."""
+    def close(self, done: bool) -> None:
+        """It has done its part, and the others may go on without it; or it has failed."""
+        self._done = done
         self._ended.set()
         self._thread.join()
 
@@ -101,7 +103,7 @@ class Monitor:
             what=self._what,
             pid=os.getpid(),
             host=socket.gethostname(),
-            done=self._ended.is_set(),
+            done=self._done,
         )
         told = json.dumps({**seen._asdict(), "at": now})  # another each time: a sign of life
         self._store.set(self._keys[self._rank], told)
@@ -149,10 +151,12 @@ class Monitor:
         self._say(f"{'; '.join(told)}; train.timeout allows {self._patience:g} s")
         for rank in found:
             if rank != self._rank and seen[rank].host == socket.gethostname():
-                os.kill(seen[rank].pid, signal.SIGKILL)
+                with suppress(OSError):  # it is gone
+                    os.kill(seen[rank].pid, signal.SIGKILL)
         os._exit(1)
 
     def _say(self, text: str) -> None:
         log.setLevel(logging.INFO)  # ranks but the first say nothing else
-        log.error("%s; the same command goes on from the last checkpoint", text)
-        self.lost()
+        with suppress(Exception):  # whatever happens here, the process has to end
+            log.error("%s; the same command goes on from the last checkpoint", text)
+            self.lost()

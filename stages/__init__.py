@@ -60,8 +60,10 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        sys.exit("error: " + "\n".join(map(shown, str(error).split("\n"))))
+        sys.exit(_said(error))
     except Interrupted as ended:
+        if isinstance(ended.__context__, InputError):  # torchrun ends who has something to say
+            sys.exit(_said(ended.__context__))
         if not ended.told:
             say(str(ended))
         sys.exit(INTERRUPTED)
@@ -75,3 +77,7 @@ def run_main(main: Callable[[], None]) -> None:
     finally:
         ignore_signals()
         gc.freeze()
+
+
+def _said(error: InputError) -> str:
+    return "error: " + "\n".join(map(shown, str(error).split("\n")))

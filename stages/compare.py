@@ -11,7 +11,7 @@ from itertools import count, product
 from pathlib import Path
 
 from pipeline.data.store import INDEX, PREPARED, Store
-from pipeline.disk import writing
+from pipeline.disk import write_text
 from pipeline.errors import InputError
 from pipeline.evaluation.comparison import Comparison, Group, compare, gather
 from pipeline.experiment import load_params
@@ -55,9 +55,7 @@ def main() -> None:
         print_comparison(comparison, first, letter)
     store = Store(PREPARED) if (PREPARED / INDEX).is_file() else None
     page = comparison_page(groups, comparisons, store)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with writing(options.out):
-        options.out.write_text(page, encoding="utf-8")
+    write_text(options.out, page)
     print(f"\nas a page: {options.out}")
 
 

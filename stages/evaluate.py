@@ -56,7 +56,9 @@ def run(params: Params, device: torch.device) -> None:
     store = Store(PREPARED)
     split = store.split(params.evaluation.split)
     needed = [params.evaluation.split, *(["train"] if params.evaluation.baseline else [])]
-    verification = store.verification(*(needed if distributed.rank() == 0 else ()))
+    verification = store.verification(
+        *(needed if distributed.rank() == 0 else ()), alive=distributed.alive
+    )
     best, last = (work_dir / "checkpoints" / name for name in ("best.pt", "last.pt"))
     path = best if best.is_file() else last
     checkpoint = load_checkpoint(path)

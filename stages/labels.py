@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.data.store import PREPARED, Split, Store
-from pipeline.disk import writing
+from pipeline.disk import write_text, writing
 from pipeline.errors import InputError
 from pipeline.experiment import Params, load_params
 from pipeline.pages.labels import Suspect, labels_page, pictures
@@ -66,8 +66,7 @@ def main() -> None:
         show(image, models[image], held[image], store) for image, _ in listed[: options.shown]
     ]
     legend = list(store.colours.items())
-    with writing(options.out):
-        options.out.write_text(labels_page(suspects, len(listed), legend), encoding="utf-8")
+    write_text(options.out, labels_page(suspects, len(listed), legend))
     for image, doubt in listed[:5]:
         print(f"{doubt.quality:.4f}  {image}")
     print(f"as a page: {options.out}, and all of them in {options.out.with_suffix('.csv')}")

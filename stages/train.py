@@ -89,7 +89,7 @@ def run(params: Params, device: torch.device, until: int | None) -> None:
     """Train from where this very training was left, or else from what the parameters name."""
     options, first = params.train, distributed.rank() == 0
     store = Store(PREPARED)
-    verification = store.verification(*(("train", "val") if first else ()))
+    verification = store.verification(*(("train", "val") if first else ()), alive=distributed.alive)
     code = training_code(result_of(params), options)
     state = state_of(params, store, code)
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pipeline.data.store import Array, Split
 from pipeline.data.transforms import AugmentationParams, augment
 from pipeline.errors import InputError
+from pipeline.interruption import SIGNALS
 
 # Independent streams of the seed.
 ORDER, AUGMENTATION, MODEL = range(3)
@@ -155,5 +156,5 @@ def build_loader(
 def _begin_worker(worker: int) -> None:
     """One thread a worker; what asks all processes to end is for the one that loads for a step."""
     cv2.setNumThreads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -128,6 +128,8 @@ def drawings(kind: str, path: Path) -> dict[str, Drawing]:
     try:
         found = PARSERS[kind][1](path)
         return {Path(name).with_suffix("").as_posix(): one for name, one in found.items()}
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except (*BROKEN, RecursionError, OSError, ElementTree.ParseError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: can't be read as a file of {kind} ({reason})") from None

@@ -8,7 +8,7 @@ one DVC writes into dvc.lock) costs the md5 of one small file.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -162,10 +162,14 @@ class Store:
         """One of train, val and test; the last two may be empty."""
         return Split(self.folder, self._splits[name])
 
-    def verification(self, *splits: str) -> "Verification":
+    def verification(
+        self, *splits: str, alive: Callable[[], None] = lambda: None
+    ) -> "Verification":
         """Begin to compare the bytes of these splits' shards with the index."""
         names = {entry.shard for split in splits for entry in self._splits[split]}
-        return Verification({self.folder / name: self.shards[name] for name in sorted(names)})
+        return Verification(
+            {self.folder / name: self.shards[name] for name in sorted(names)}, alive
+        )
 
     def by_name(self) -> dict[str, tuple[Split, int]]:
         """Where each image lies: its split, and its index there."""
@@ -202,7 +206,8 @@ class Store:
 class Verification:
     """Files are read and compared with their md5, in threads, while the caller does other work."""
 
-    def __init__(self, md5s: dict[Path, str]) -> None:
+    def __init__(self, md5s: dict[Path, str], alive: Callable[[], None]) -> None:
+        self._alive = alive
         self._problems: dict[Path, str] = {}
         files, count = list(md5s.items()), min(len(md5s), os.cpu_count() or 1)
         self._threads = [
@@ -221,6 +226,7 @@ class Verification:
                 continue
             if found != expected:
                 self._problems[path] = f"md5 {found} instead of {expected}"
+            self._alive()
 
     def finish(self) -> None:
         """Wait for the end.

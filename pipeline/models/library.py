@@ -64,7 +64,7 @@ class LibraryModel(MapNetwork):
                 architectures()[head.name](backbone.name, encoder_weights=None, classes=2)
         except RuntimeError:
             pass  # an encoder that asks for a value: it is built, and heard, in training
-        except (KeyError, NotImplementedError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise InputError(f"{head.name} with the encoder {backbone.name}: {error}") from error
 
     @classmethod

@@ -137,8 +137,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     with _opened(path) as file:
         described = _described(file)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    written = described.pop(CHECKSUM, None)
-    if written is not None and written != model_md5(described, tensors):
+    if described and described.pop(CHECKSUM, None) != model_md5(described, tensors):
         raise InputError(f"{path}: not a model that can be read: {ALTERED}")
     return {**described, "model": tensors} if described else tensors
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from pipeline.errors import counted
 from pipeline.provenance import DVC_TAGS
 from pipeline.tracking.names import metric_name, one_line
 from pipeline.tracking.spool import (
@@ -80,7 +81,6 @@ class Delivery:
 
     def __init__(self, spool: Spool, own: Session | None = None, uri: str | None = None) -> None:
         self.run_id: str | None = None  # of the run that `own` goes to
-        self.run_name = ""
         self._spool = spool
         self._own = own
         self._uri = uri
@@ -162,7 +162,8 @@ class Delivery:
                 log.warning("MLflow refuses %s for good: %s", content["name"], one_line(error))
         else:
             log.warning("%s is damaged: MLflow does not get %s", kept, content["name"])
-        session.set_mark(mark._replace(files=record.end if files[1:] else mark.position))
+        end = record.end if files[1:] else max(record.end, mark.position)
+        session.set_mark(mark._replace(files=end))
         return True
 
     def _store(self, start: Start) -> "tuple[MlflowClient, str]":
@@ -190,7 +191,7 @@ class Delivery:
         last = {point.key: int(point.step) for point in run.data.to_proto().metrics}
         target = self._targets[session.path] = Target(run, new, last)
         if self._own and session.path == self._own.path:
-            self.run_id, self.run_name = target.run_id, str(run.info.run_name)
+            self.run_id = target.run_id
         return target
 
     def _rewound(self) -> bool:
@@ -325,12 +326,10 @@ def told_of(spool: Spool) -> str:
     for session in spool.sessions():
         for what, count in session.waiting().items():
             counts[what] = counts.get(what, 0) + count
-    numbered = [_counted(counts.pop(what), what) for what in ("points", "files") if what in counts]
+    numbered = [
+        counted(counts.pop(what), what[:-1]) for what in ("points", "files") if what in counts
+    ]
     return ", ".join([*numbered, *(f"its {what}" for what in counts)])
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what[:-1] if count == 1 else what}"
 
 
 def _batch(session: Session, mark: Mark) -> Iterator[Record]:

@@ -325,9 +325,9 @@ class Writer:
 
     def keep(self, content: Path | bytes, folder: str, name: str) -> None:
         """Add a copy of a file, or some bytes, as an artifact of this name in a folder."""
+        kept = self.session.files / f"{self._number:06}-{secrets.token_hex(4)}"
         try:
             self.session.files.mkdir(exist_ok=True)
-            kept = self.session.files / f"{self._number:06}-{secrets.token_hex(4)}"
             if isinstance(content, bytes):
                 kept.write_bytes(content)
             else:
@@ -335,6 +335,8 @@ class Writer:
             crc = _crc_of(kept)
         except OSError as error:
             log.warning("%s can't be kept for MLflow: %s", name, one_line(error))
+            with suppress(OSError):
+                kept.unlink(missing_ok=True)
         else:
             self.write(
                 "file", {"file": kept.name, "name": name, "folder": folder, "crc": f"{crc:08x}"}
@@ -357,7 +359,7 @@ def undamaged(path: Path, crc: str) -> bool:
 
 def _link_or_copy(source: Path, target: Path) -> None:
     """A large file costs no time and no room; a small one may be changed where it lies."""
-    if source.stat().st_size > LINKED:
+    if source.stat().st_size > LINKED and source.suffix != ".log":  # which may still grow
         with suppress(OSError):
             os.link(source, target)
             return

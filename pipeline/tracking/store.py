@@ -106,24 +106,14 @@ def find_runs(params: TrackingParams) -> list[TrackedRun]:
     ]
 
 
-def artifact_of(params: TrackingParams, name: str, path: Path) -> bytes | None:
-    """A file of a run's artifacts, by the run's id or its name; None where there is none.
+def artifact_of(params: TrackingParams, run_id: str, path: Path) -> bytes | None:
+    """A file of a run's artifacts; None where there is none.
 
     Raises:
-        InputError: several runs have this name, or the store can't be read.
+        InputError: the store can't be read.
     """
-    with _asked(params, name) as (client, experiment):
-        quote = "'" if '"' in name else '"'
-        named = f"attributes.run_name = {quote}{name}{quote}"
-        run = _active(client, name) if re.fullmatch("[0-9a-f]{32}", name) else None
-        runs = [run] if run else client.search_runs([experiment], named)
-        held = {one.info.run_id: _artifact(client, one.info.run_id, path) for one in runs}
-    found = {one: content for one, content in held.items() if content is not None}
-    if len(found) > 1:
-        raise InputError(
-            f"{len(found)} MLflow runs are called {name}; name one by its id: {', '.join(found)}"
-        )
-    return next(iter(found.values()), None)
+    with _asked(params, run_id) as (client, _):
+        return _artifact(client, run_id, path) if _active(client, run_id) else None
 
 
 @contextmanager

@@ -168,15 +168,15 @@ class MlflowTracker(Tracker):
             self._ended.wait(GATHERING)
 
     def _say_trouble(self, why: str) -> None:
-        if not self._trouble:
+        known, self._trouble = self._trouble, why
+        self._settled.set()
+        if not known:
             log.warning(
                 "MLflow at %s takes nothing: %s; what is logged waits in %s",
                 without_password(self._uri),
                 why,
                 self._spool.folder,
             )
-        self._trouble = why
-        self._settled.set()
 
     def _send_others(self) -> None:
         """The other thread: send what runs before this one have left."""

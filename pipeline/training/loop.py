@@ -172,20 +172,25 @@ class Training:
             else:
                 self._refuse(report.iteration)
 
-    def _refuse(self, iteration: int) -> None:
-        """A step whose loss or gradient is not finite: left out, or the end of the training."""
+    def _refuse(self, iteration: int, finite_weights: bool = True) -> None:
+        """A step with a loss or gradient that is not finite: left out, or the end of the training.
+
+        It is always the end where the weights after it are not finite.
+        """
         options, progress = self.options, self.progress
         first = (iteration - 1) * options.batch_size
         images = (self.samples.index(first + place) for place in range(options.batch_size))
         names = [self.samples.split.entries[image].name for image in images]
-        said = f"iteration {iteration}: the loss or its gradient is not finite, on {names}"
+        found = "the loss or its gradient is" if finite_weights else "the weights are"
+        said = f"iteration {iteration}: {found} not finite, on {names}"
         progress.left_out += 1
-        if progress.left_out <= options.leave_out_nonfinite:
+        if finite_weights and progress.left_out <= options.leave_out_nonfinite:
             log.warning("%s; the step is left out", said)
             return
         self.writer.wait()
         if not self._first:
             sys.exit(1)  # the first process says it
+        log.error("%s", said)
         raise InputError(
             f"{said}; no weights after it are kept. Look at these images, lower train.lr, set "
             "train.clip_grad_norm, or let some such steps be left out: train.leave_out_nonfinite"
@@ -203,6 +208,8 @@ class Training:
         saves = last or validates or progress.iteration % every.save == 0
         if logs or saves or self._asked:
             self._hear(wait=True)
+        if (saves or self._asked) and not self.learner.finite():
+            self._refuse(progress.iteration, finite_weights=False)
         entry: HistoryEntry = {"iteration": progress.iteration}
         scores = self._validate() if validates else {}
         if scores is None:
@@ -310,7 +317,7 @@ def train_step(learner: Learner, batch: Batch, accumulation: int, leave_out: boo
     if leave_out and distributed.sum_over_ranks((~finite).double()).item():
         for own, before in zip(network.buffers(), statistics, strict=True):
             own.copy_(before)
-        learner.optimizer.zero_grad()
+        learner.leave_out()
     else:
         learner.step()
     return Step(terms, finite)

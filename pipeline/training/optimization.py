@@ -71,6 +71,11 @@ class Learner:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
         return norm.isfinite() | self.scaler.is_enabled()
 
+    def leave_out(self) -> None:
+        """Forget the gradients in place of a step."""
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
     def step(self) -> None:
         """From gradients to new weights and their new average."""
         self.scaler.step(self.optimizer)  # not where fp16 has overflowed
@@ -78,6 +83,15 @@ class Learner:
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.network)
+
+    def finite(self) -> bool:
+        """Whether all that a checkpoint holds of this is finite; waits for the device."""
+        tensors = [*self.network.state_dict().values()]
+        for state in self.optimizer.state.values():
+            tensors += [one for one in state.values() if isinstance(one, Tensor)]
+        tensors += [] if self.average is None else self.average.module.state_dict().values()
+        found = [one.isfinite().all().to(self.device) for one in tensors]
+        return bool(torch.stack(found).all())
 
     def states(self) -> dict[str, Any]:
         """What a checkpoint holds of all this."""

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -168,8 +169,9 @@ class LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Raise the error, of which `logging` would print a traceback for every line."""
-        with writing(Path(self.baseFilename)):
-            raise
+        if threading.current_thread() is threading.main_thread():  # another would die of it
+            with writing(Path(self.baseFilename)):
+                raise
 
 
 class State:
@@ -327,7 +329,7 @@ class State:
         if best := self._best(checkpoint):
             _copy(best, work_dir / "checkpoints" / "best.pt")
         for name in ("train", "val"):
-            _write_curves(work_dir / f"{name}.tsv", f"{name}/", saved["history"])
+            write_curves(work_dir / f"{name}.tsv", f"{name}/", saved["history"])
 
     def save_best(self, checkpoint: Checkpoint) -> None:
         """Keep the best checkpoint so far; `save` must follow, which lets go of the one before."""
@@ -378,14 +380,15 @@ class Writer:
             self.wait()
 
 
-def _write_curves(path: Path, prefix: str, history: list[dict[str, Any]]) -> None:
+def write_curves(path: Path, prefix: str, history: list[dict[str, Any]]) -> None:
     """The metrics of one prefix, a column each, a row for every iteration that has one."""
     rows = [entry for entry in history if any(name.startswith(prefix) for name in entry)]
-    names = [name for name in rows[0] if name.startswith(prefix)] if rows else []
+    # Where all steps since the last point were left out, the point has no loss.
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith(prefix))
     write_table(
         path,
         ["iteration", *(name.removeprefix(prefix) for name in names)],
-        [[entry["iteration"], *(entry[name] for name in names)] for entry in rows],
+        [[entry["iteration"], *(entry.get(name) for name in names)] for entry in rows],
     )
 
 

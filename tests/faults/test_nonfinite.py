@@ -1,5 +1,6 @@
 """Row 21: a loss or a gradient that is not finite ends the training within a step."""
 
+import copy
 import math
 import re
 from pathlib import Path
@@ -8,11 +9,14 @@ import pytest
 import torch
 
 from pipeline.disk import file_md5
-from pipeline.training.loop import out_of_memory, stopped_early
+from pipeline.training.loop import out_of_memory, stopped_early, train_step
 from pipeline.training.params import TrainParams
+from pipeline.training.state import write_curves
 from tests.faults.stage import end_of, said, started, state_of
+from tests.faults.worker import poison
 from tests.project import make_project, query, set_params, stage
 from tests.unit.sections import params
+from tests.unit.test_train_step import learner_of, setting
 
 CHANGES = {"train.iterations": 12, "train.checkpoint.interval": 2, "evaluation.interval": 4}
 COUNTS = {"train": 10, "val": 3, "test": 3}
@@ -44,16 +48,15 @@ def test_a_learning_rate_that_is_far_too_high_leaves_only_finite_weights(project
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpus", [1, 2])
-def test_a_step_may_be_left_out_as_if_it_had_not_been(project: Path, gpus: int) -> None:
-    set_params(project, {"train.gpus": gpus})
-    faulty = {"FAULT_AT": "7", "FAULT_RANK": str(gpus - 1)}  # one rank's alone
+def test_a_step_may_be_left_out_as_if_it_had_not_been(project: Path) -> None:
+    set_params(project, {"train.gpus": 2})
+    faulty = {"FAULT_AT": "7", "FAULT_RANK": "1"}  # one rank's alone
     with started(project, POISON, **faulty) as process:
         assert end_of(process) == 1
     assert "error: iteration 7: the loss" in said(project)
     assert state_of(project)["checkpoint"]["iteration"] == 6
 
-    set_params(project, {"train.leave_out_nonfinite": 1})
+    set_params(project, {"train.leave_out_nonfinite": 1})  # another training, from the start
     with started(project, POISON, **faulty) as process:
         assert end_of(process) == 0, said(project)
     assert "iteration 7: the loss or its gradient is not finite" in said(project)
@@ -64,6 +67,40 @@ def test_a_step_may_be_left_out_as_if_it_had_not_been(project: Path, gpus: int) 
     losses = [entry["train/loss"] for entry in state["history"] if "train/loss" in entry]
     assert len(losses) == 11  # of iteration 7 there is none
     assert all(math.isfinite(loss) for loss in losses)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_that_is_left_out_changes_nothing(precision: str) -> None:
+    learner = learner_of(setting(precision=precision, ema_decay=0.9))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    batch = images, torch.zeros(4, 32, 32, dtype=torch.uint8), torch.arange(4)
+    train_step(learner, batch, 2, leave_out=True)  # the optimizer has a momentum now
+    before = copy.deepcopy({key: learner.states()[key] for key in ("model", "optimizer", "ema")})
+    mend = poison(learner)
+    assert not train_step(learner, batch, 2, leave_out=True).finite
+    mend()
+    after = learner.states()
+    for key in ("model", "ema"):
+        assert all(torch.equal(one, after[key][name]) for name, one in before[key].items())
+    moments = before["optimizer"]["state"].items()
+    for number, state in moments:
+        held = after["optimizer"]["state"][number]["momentum_buffer"]
+        assert torch.equal(state["momentum_buffer"], held)
+    assert train_step(learner, batch, 2, leave_out=True).finite
+    assert learner.finite()
+    with torch.no_grad():
+        next(learner.network.parameters())[0, 0, 0, 0] = float("nan")
+    assert not learner.finite()
+
+
+def test_a_point_of_steps_that_were_all_left_out_has_no_loss(tmp_path: Path) -> None:
+    history = [
+        {"iteration": 1, "train/lr": 0.1},
+        {"iteration": 2, "train/loss": 1.5, "train/lr": 0.1},
+    ]
+    write_curves(tmp_path / "train.tsv", "train/", history)
+    assert (tmp_path / "train.tsv").read_text() == "iteration\tlr\tloss\n1\t0.1\t\n2\t0.1\t1.5\n"
 
 
 @pytest.mark.slow

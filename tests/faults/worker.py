@@ -24,35 +24,37 @@ def faulty(fault):
     def step(learner, batch, *options) -> Step:
         global steps
         steps += 1
-        if steps == AT and os.environ.get("RANK", "0") == RANK:
-            batch = fault(learner, batch) or batch
-        return STEP(learner, batch, *options)
+        if steps != AT or os.environ.get("RANK", "0") != RANK:
+            return STEP(learner, batch, *options)
+        mend = fault(learner)
+        found = STEP(learner, batch, *options)
+        mend()
+        return found
 
     return step
 
 
-def hang(learner, batch) -> None:
+def hang(learner) -> None:
     """As a kernel that never ends."""
     print("hangs", flush=True)
     time.sleep(600)
 
 
-def poison(learner, batch) -> None:
-    """A weight of the first layer overflows for this one step."""
+def poison(learner):
+    """A weight of the first layer is infinite in this one step."""
     weight = next(learner.network.parameters())
     before = weight.detach().clone()
-    with torch.no_grad():
-        weight[0, 0, 0, 0] = float("inf")
 
-    def mend(*_: object) -> None:
-        handle.remove()
+    def mend() -> None:
         with torch.no_grad():
             weight.copy_(before)
 
-    handle = learner.network.register_full_backward_hook(mend)
+    with torch.no_grad():
+        weight[0, 0, 0, 0] = float("inf")
+    return mend
 
 
-def fill_the_device(learner, batch) -> None:
+def fill_the_device(learner) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
 
