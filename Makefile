@@ -1,5 +1,5 @@
 # make repro: from a fresh clone to a trained, evaluated, tracked model. make test: the whole test suite.
-# make soak: files broken at random, by the thousand.
+# make soak: kills and signals at random moments, and files broken at random, by the thousand.
 # make check: before a commit. make coverage: the whole suite, and what it reaches.
 # make plots: the plots of experiments, side by side. make ui: runs in MLflow.
 # make bench: beside MMSegmentation, see benchmarks/README.md.
@@ -24,10 +24,17 @@ quick: $(INSTALLED)
 test: $(INSTALLED)
 	python -m pytest
 
-# Each door of tests/fuzz with so many broken files.
+# So many kills, signals in each phase on each number of ranks, and broken inputs at each door. SEED
+# chooses other moments.
+KILLS := 30
+SIGNALS := 10
 CASES := 2000
+SEED := 0
+DOORS := images targets outlines prepared params checkpoints spool serving
 soak: $(INSTALLED)
-	for door in images targets outlines prepared checkpoints params spool; do python -m tests.fuzz.$$door --cases $(CASES) || exit; done
+	python -m tests.soak.kills --kills $(KILLS) --seed $(SEED)
+	python -m tests.soak.signals --signals $(SIGNALS) --seed $(SEED)
+	for door in $(DOORS); do python -m tests.fuzz.$$door --cases $(CASES) || exit; done
 
 coverage: $(INSTALLED)
 	coverage erase

@@ -143,6 +143,8 @@ def hand_over(module: str, processes: int, arguments: Sequence[str] = ()) -> boo
     options = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]  # 0: a free port
     options += ["--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, free_cores() // processes)))
+    # Else each process prints frames of C++ where the launcher is killed, and they end in order.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     # torchrun hands signals on to its processes, but not this one.
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

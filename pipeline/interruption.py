@@ -60,19 +60,25 @@ def raise_by_signals() -> None:
         signal.signal(number, _raise)
 
 
-def die_by_signals() -> None:
-    """From now on a signal ends the process without a word, as all has been said."""
+def ignore_signals() -> None:
+    """From now on a signal changes nothing: all is done and said, and the process is ending."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    print(_said(number), file=sys.stderr, flush=True)
+    say(_said(number))
     os._exit(INTERRUPTED)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
     raise Interrupted(_said(number))
+
+
+def say(text: str) -> None:
+    """Put a line on the screen; of several ranks the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def _said(number: int) -> str:
@@ -87,6 +93,9 @@ def finishing(late: Callable[[signal.Signals], None]) -> Iterator[Interruption]:
     the process: the main thread may be waiting inside of torch for a process that is no more. A
     second Ctrl-C ends the process at once. A second SIGTERM does not, as the kernel sends one, too,
     when the parent ends, which the same signal may have ended.
+
+    Raises:
+        Interrupted: a signal has come, and the block has ended by itself.
     """
     interruption = Interruption()
     reader, writer = os.pipe()
@@ -125,6 +134,8 @@ def finishing(late: Callable[[signal.Signals], None]) -> Iterator[Interruption]:
         thread.join()
         os.close(reader)
         os.close(writer)
+    if interruption.asked is not None:  # all was done; whoever has sent it is to know that it came
+        raise Interrupted(_said(interruption.asked))
 
 
 def _signal(reader: int) -> signal.Signals | None:

@@ -2,14 +2,14 @@
 
 MLflow copies this file into the logged model and runs it there, without this repository and without
 torch: it imports nothing of either. An input is a row with the column `image`, the base64 of a
-file of any format that OpenCV reads. Of each row comes
+file of one of FORMATS. Of each row comes
 
     {"mask": the base64 of a PNG of class ids with the classes' colours for its palette,
      "height": its rows, "width": its columns, "areas": {class: pixels}}
 
 The mask lies as the file is stored, turned or not: `exif`, the model's own, says whether the
 network sees a photograph as its EXIF orientation has it. All this is as `load_model` of this
-project's `pipeline` does it.
+project's `pipeline` does it, but that damage inside of a JPEG isn't looked for.
 """
 
 import base64
@@ -38,7 +38,10 @@ ORIENTATION = 274
 TRANSPOSED = 5
 FLIPPED = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}
 LARGEST = 4096 * 2048  # pixels that the network may see at once: `load_model` cuts larger images
-TIFF = (b"II*\0", b"MM\0*")  # what such a file begins with
+MOST = 200_000_000  # pixels of a photograph that is made smaller first: a few bytes claim billions
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which is lower
 
 Array = NDArray[np.uint8]
 
@@ -72,15 +75,13 @@ class SegmentationModel(PythonModel):
 
     def answer(self, given: object, row: int) -> dict[str, Any]:
         """What a row is answered by."""
-        stored, orientation = decoded(given, row)
+        scale = self.about["scale"]
+        stored, orientation = decoded(given, row, LARGEST if scale is None else MOST)
         orientation = orientation if self.about["exif"] == "apply" else 1
         shown = upright(stored, orientation)
-        seen = fitted(shown.shape[:2], self.about["scale"])
+        seen = fitted(shown.shape[:2], scale)
         if seen[0] * seen[1] > LARGEST:
-            raise refused(
-                f"image {row} has {seen[0]} x {seen[1]} pixels, and the network sees it whole: at "
-                f"most {LARGEST} are answered; cut it, or use `python -m stages.predict`"
-            )
+            raise refused(too_large(row, seen, LARGEST))
         ids: Array = np.empty(stored.shape[:2], np.uint8)
         turned = upright(ids, orientation)
         turned[:] = self.classes(np.ascontiguousarray(shown), seen)  # a view: this turns it back
@@ -110,11 +111,19 @@ def refused(reason: str) -> MlflowException:
     return MlflowException(reason, error_code=INVALID_PARAMETER_VALUE)
 
 
-def decoded(given: object, row: int) -> tuple[Array, int]:
+def too_large(row: int, size: tuple[int, int], most: int) -> str:
+    """Why an image of this height and width, as it would be computed with, isn't answered."""
+    return (
+        f"image {row} has {size[0]} x {size[1]} pixels, and the network sees it whole: at most "
+        f"{most} are answered; cut it, or use `python -m stages.predict`"
+    )
+
+
+def decoded(given: object, row: int, most: int) -> tuple[Array, int]:
     """The pixels of an image in base64 as they are stored, (H,W,3) RGB, and its EXIF orientation.
 
     Raises:
-        MlflowException: it can't be read; names the row.
+        MlflowException: it can't be read, or has more than `most` pixels; names the row.
     """
     if not isinstance(given, str) or not given:
         raise refused(f"image {row} is missing: the column {COLUMN} holds files in base64")
@@ -122,6 +131,16 @@ def decoded(given: object, row: int) -> tuple[Array, int]:
         content = base64.b64decode(given, validate=True)
     except (binascii.Error, ValueError) as error:
         raise refused(f"image {row} is not base64: {error}") from None
+    unreadable = f"image {row} can't be read: it must be one of {', '.join(FORMATS)}, in base64"
+    try:
+        header = Image.open(io.BytesIO(content), formats=FORMATS)
+        several = header.format not in ("MPO", "TIFF") and getattr(header, "n_frames", 1) > 1
+    except Exception:  # what Pillow raises depends on where a file is broken
+        raise refused(unreadable) from None
+    if header.width * header.height > most:  # before memory is taken for them
+        raise refused(too_large(row, (header.height, header.width), most))
+    if several:
+        raise refused(f"image {row} is an animation; give the picture that is meant alone")
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image, kinds, found = cv2.imdecodeWithMetadata(
@@ -130,20 +149,15 @@ def decoded(given: object, row: int) -> tuple[Array, int]:
     except cv2.error:
         image = None
     if image is None:  # how OpenCV says that a file is truncated or no image
-        raise refused(
-            f"image {row} can't be read: it must be a file such as JPEG or PNG, in base64"
-        )
+        raise refused(unreadable)
     exif = Image.Exif()
     for kind, part in zip(kinds, found, strict=True):
         if kind == cv2.IMAGE_METADATA_EXIF:
             with suppress(Exception):  # a broken one, which viewers do not obey either
                 exif.load(part.tobytes())
-    if content.startswith(TIFF):  # OpenCV turns it, whatever it is told
-        with Image.open(io.BytesIO(content)) as file:
-            if getattr(file, "tag_v2", {}).get(ORIENTATION, 1) in range(2, 9):
-                raise refused(
-                    f"image {row}: the orientation tag of a TIFF turns it; save it upright"
-                )
+    # OpenCV turns it, whatever it is told.
+    if header.format == "TIFF" and header.tag_v2.get(ORIENTATION, 1) in range(2, 9):  # type: ignore[attr-defined]
+        raise refused(f"image {row}: the orientation tag of a TIFF turns it; save it upright")
     orientation = exif.get(ORIENTATION)
     turned = int(orientation) if orientation in range(1, 9) else 1  # type: ignore[arg-type]
     return np.asarray(image, np.uint8), turned

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pipeline.disk import UNWRITABLE, unwritable
 from pipeline.errors import INTERRUPTED, InputError, Interrupted, shown
-from pipeline.interruption import die_by_signals, end_by_signals, raise_by_signals
+from pipeline.interruption import end_by_signals, ignore_signals, raise_by_signals, say
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # of a broken file we say it, with its name
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -65,7 +65,7 @@ def run_main(main: Callable[[], None]) -> None:
         if isinstance(ended.__context__, InputError):  # torchrun ends who has something to say
             sys.exit(_said(ended.__context__))
         if not ended.told:
-            print(ended, file=sys.stderr, flush=True)
+            say(str(ended))
         sys.exit(INTERRUPTED)
     except OSError as error:
         path = error.filename2 or error.filename
@@ -75,7 +75,7 @@ def run_main(main: Callable[[], None]) -> None:
             sys.exit(f"error: {path}: permission is denied")
         raise
     finally:
-        die_by_signals()
+        ignore_signals()
         gc.freeze()
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import counted
 from pipeline.provenance import DVC_TAGS
@@ -186,6 +187,7 @@ class Delivery:
                 experiment, start["time"], {KEY_TAG: self._spool.key}, start["name"]
             )
             new = found is None
+        _remove_half_files(run)
         last = {point.key: int(point.step) for point in run.data.to_proto().metrics}
         target = self._targets[session.path] = Target(run, new, last)
         if self._own and session.path == self._own.path:
@@ -409,6 +411,14 @@ def _log_file(client: "MlflowClient", run_id: str, kept: Path, content: Mapping[
         named = Path(folder) / content["name"]
         named.symlink_to(kept.resolve())
         client.log_artifact(run_id, str(named), content["folder"] or None)
+
+
+def _remove_half_files(run: "Run") -> None:
+    """Delete what a kill has left of files, where MLflow keeps them here: it would list them."""
+    uri = urlsplit(run.info.artifact_uri)
+    if uri.scheme == "file":
+        for half in Path(unquote(uri.path)).rglob(".artifact.uploading.*"):
+            half.unlink(missing_ok=True)
 
 
 def _continue(client: "MlflowClient", run: "Run", name: str, tags: dict[str, str]) -> None:

@@ -212,12 +212,30 @@ def connect(uri: str, experiment: str) -> "tuple[MlflowClient, str]":
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "instep-mlflow.lock", timeout=OPENING):  # two can't create them
+            _create(uri)
             client = MlflowClient(uri)
             return client, _experiment(client, experiment)
     except Timeout:
         raise TimeoutError(
             f"another process has had {folder / 'instep-mlflow.lock'} for {OPENING:g} s"
         ) from None
+
+
+def _create(uri: str) -> None:
+    """Make the tables of a new SQLite file beside its place: MLflow can't mend half of them.
+
+    That is what a kill in these seconds would leave.
+    """
+    from mlflow import MlflowClient
+
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or "?" in uri or path.exists():
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    for left in path.parent.glob(f"{temporary.name}*"):  # of an earlier kill, with its journal
+        left.unlink()
+    MlflowClient(f"sqlite:///{temporary}")
+    temporary.replace(path)
 
 
 def store_uri(params: TrackingParams) -> str:

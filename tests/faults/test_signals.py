@@ -4,15 +4,18 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.disk import file_md5
+from pipeline.errors import Interrupted
+from pipeline.interruption import finishing
 from tests.faults.stage import ENDED, end_of, said, started, state_of, wait_for
 from tests.pipeline.test_killed import FILES, curves
-from tests.project import make_project, query, stage
+from tests.project import REPOSITORY, environment, make_project, query, stage
 
 pytestmark = pytest.mark.slow
 
@@ -128,3 +131,35 @@ def test_other_stages_end_at_once_in_a_line(name: str, uninterrupted: Path) -> N
         assert end_of(process, 30) == 75
     (line,) = said(uninterrupted).splitlines()
     assert line == f"ended by {signal.Signals(number).name}; the same command does what is left"
+
+
+def test_a_signal_that_comes_too_late_to_end_anything_is_told_of() -> None:
+    def work() -> None:
+        with finishing(print) as interruption:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while interruption.asked is None:
+                time.sleep(0.01)
+
+    with pytest.raises(Interrupted, match="ended by SIGTERM; "):
+        work()
+
+
+@pytest.mark.parametrize(("end", "code"), [("pass", 0), ("raise InputError('no')", 1)])
+def test_a_signal_after_the_end_changes_nothing(end: str, code: int, tmp_path: Path) -> None:
+    program = (
+        "import atexit, os, signal\n"
+        "from pipeline.errors import InputError\n"
+        "from stages import run_main\n"
+        f"def main():\n    {end}\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "run_main(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(REPOSITORY)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code
+    assert done.stderr == ("error: no\n" if code else "")

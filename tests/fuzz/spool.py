@@ -59,7 +59,11 @@ class Store:
         metrics = [SimpleNamespace(key=key, step=step) for key, step in last.items()]
         return SimpleNamespace(
             info=SimpleNamespace(
-                run_id="1", run_name="unet (first)", status=self.status, lifecycle_stage="active"
+                run_id="1",
+                run_name="unet (first)",
+                status=self.status,
+                lifecycle_stage="active",
+                artifact_uri="mlflow-artifacts:/1",
             ),
             data=SimpleNamespace(
                 params=self.params,

@@ -189,12 +189,12 @@ def test_the_alias_goes_to_the_better_of_two_that_saw_the_same_images():
 def test_mlflow_gets_a_model_only_where_it_is_to_keep_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(registry, "connect", lambda _: pytest.fail("asked for"))
+    monkeypatch.setattr(registry, "connect", lambda *_: pytest.fail("asked for"))
     given = TrackingParams(uri=None, experiment="e", log_interval=1, log_model=False)
     model, example = Path("model.onnx"), np.zeros((2, 2, 3), np.uint8)
-    registry.log_version(given, "run", model, example=example, scores={}, tags={})
-    monkeypatch.setattr(registry, "connect", lambda _: 1 / 0)
+    registry.log_version(given, "run", None, model, example=example, scores={}, tags={})
+    monkeypatch.setattr(registry, "connect", lambda *_: 1 / 0)
     for wanted in ({"log_model": True}, {"registered_model": "feet"}):
         params = given.model_copy(update=wanted)
-        registry.log_version(params, "run", model, example=example, scores={}, tags={})
+        registry.log_version(params, "run", None, model, example=example, scores={}, tags={})
         assert "MLflow has not taken the model: division by zero" in capsys.readouterr().out
