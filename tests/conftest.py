@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from pipeline.interruption import SIGNALS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -17,6 +20,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
     for item in items:
         if any(item.path.is_relative_to(folder) for folder in SLOW_FOLDERS):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """What a stage that runs in this process does to signals ends with its test."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,7 @@
 """Rows 6 and 7: a rank is killed, or hangs; the others end in time, and it is named."""
 
 import re
-import shutil
 import signal
-import socket
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -66,22 +63,6 @@ def test_a_rank_that_hangs_is_named_with_what_it_does(project: Path) -> None:
     with started(project, "tests.faults.worker hang", FAULT_RANK="1") as process:
         assert end_of(process) == 1
     assert re.search(r"rank 1 .* has not got on for \d+ s, at: iteration \d+; ", said(project))
-
-
-@pytest.mark.slow
-def test_two_trainings_run_side_by_side(project: Path, tmp_path: Path) -> None:
-    """Row 8: and somebody else has the port that torch takes where it is told of none."""
-    copy = tmp_path / "copy"
-    shutil.rmtree(project / ".dvc/tmp/instep", ignore_errors=True)  # other tests' trainings
-    shutil.copytree(project, copy)
-    until = "stages.train --until 2"
-    with socket.socket() as taken:
-        with suppress(OSError):  # somebody else has it already
-            taken.bind(("127.0.0.1", 29500))
-            taken.listen()
-        with started(project, until) as one, started(copy, until) as other:
-            assert (end_of(one), end_of(other)) == (0, 0)
-    assert said(project).splitlines()[-1] == said(copy).splitlines()[-1]  # md5 of the weights
 
 
 def ranks_of(process) -> list[psutil.Process]:

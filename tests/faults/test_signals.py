@@ -71,12 +71,13 @@ def test_the_state_is_that_of_the_very_step_and_the_result_the_same(
 
 
 def test_two_ranks_end_after_the_same_step_whichever_is_told(tmp_path: Path) -> None:
-    whole = a_project(tmp_path / "whole", **{"train.gpus": 2})
+    shorter = {"train.gpus": 2, "train.iterations": 24}
+    whole = a_project(tmp_path / "whole", **shorter)
     stage(whole, "train")
-    project = a_project(tmp_path / "ended", **{"train.gpus": 2})
+    project = a_project(tmp_path / "ended", **shorter)
     assert signalled(project, signal.SIGINT, 4)[0] == 75  # torchrun hands it on
     with started(project) as process:
-        wait_for(project, process, "iteration 24 ")
+        wait_for(project, process, "iteration 14 ")
         ranks = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
         os.kill(int(ranks[-1]), signal.SIGTERM)
         assert end_of(process, 60) == 75

@@ -149,8 +149,8 @@ def test_a_network_of_the_library_keeps_the_contract(name: str):
 @pytest.mark.parametrize(
     ("name", "encoder", "rule"),
     [
-        ("smp.UNet", "resnet18", r"has no UNet; did you mean smp\.Unet\? It has DPT, DeepLabV3,"),
-        ("smp.Unet", "resnet17", r"smp\.Unet with the encoder resnet17"),
+        ("smp.UNet", "resnet18", r"'smp\.UNet' is unknown; did you mean smp\.Unet\?"),
+        ("smp.Unet", "resnet17", r"'resnet17' is unknown; did you mean resnet18\?"),
         ("smp.Unet", "efficientnet-b0", r"draws random numbers without"),
     ],
 )
