@@ -290,6 +290,7 @@ def test_what_a_store_that_fails_as_a_run_is_opened_has_missed_is_sent_later(
         broken(context, method)
         tracker = evaluate(None, "0" * 32) if method == "get_run" else start(folder)
         tracker.log({"iteration": 1, "val/mean_iou": 0.5})
+        wait_until(lambda: any("takes nothing" in one for one in caplog.messages))
         tracker.finish("FINISHED")
         (line,) = (one for one in caplog.messages if "of this run wait in" in one)
     wait_until(lambda: len(waiting_spools()) == 1)
