@@ -26,7 +26,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import INTERRUPTED, InputError
-from pipeline.monitor import FIRST as FIRST
 from pipeline.monitor import Monitor
 
 PATIENCE = 300.0  # seconds

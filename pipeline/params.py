@@ -57,6 +57,12 @@ class Part(Section):
     model_config = ConfigDict(extra="ignore")
 
 
+class WorkDir(Part):
+    """Of the section `train`, where a run leaves its files."""
+
+    work_dir: str
+
+
 class Named(Section):
     """A section whose keys depend on what its `name` chooses, such as a head of a network."""
 

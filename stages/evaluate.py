@@ -39,21 +39,21 @@ def main() -> None:
     distributed.die_with_parent()
     keep_freed_memory()
     params = load_params()
-    Store(PREPARED).require_measured(params.evaluation.split)
+    store = Store(PREPARED)
+    store.require_measured(params.evaluation.split)
     device = params.train.device
     processes = distributed.processes_here(device, params.train.gpus)  # any machine can evaluate
     if not distributed.hand_over("stages.evaluate", processes):
         with distributed.process_group(device, params.train.timeout) as own:
-            run(params, own)
+            run(params, store, own)
 
 
-def run(params: Params, device: torch.device) -> None:
+def run(params: Params, store: Store, device: torch.device) -> None:
     """Measure the best checkpoint, or the last where the training was not validated."""
     work_dir = Path(params.train.work_dir)
     identity = read_identity(work_dir / "run.json")
     if distributed.rank() == 0:
         State(identity["fingerprint"]).finish()  # DVC has the training's outputs by now
-    store = Store(PREPARED)
     split = store.split(params.evaluation.split)
     needed = [params.evaluation.split, *(["train"] if params.evaluation.baseline else [])]
     verification = store.verification(

@@ -6,19 +6,15 @@ from typing import Any
 from pipeline.disk import write_text
 from pipeline.errors import InputError
 from pipeline.evaluation.comparison import compare, gather, worse
-from pipeline.params import Part, read_section
+from pipeline.params import Part, WorkDir, read_section
 from stages import run_main
-
-
-class _Train(Part):
-    work_dir: str
 
 
 class _Given(Part):
     """What this stage needs of params.yaml where no gate is set."""
 
     gate: Any
-    train: _Train
+    train: WorkDir
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def main() -> None:
     ]
     listed = ranked(doubts)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_table(options.out.with_suffix(".csv"), listed)
+    write_csv(options.out.with_suffix(".csv"), listed)
     suspects = [
         show(image, models[image], held[image], store) for image, _ in listed[: options.shown]
     ]
@@ -93,7 +93,7 @@ def show(image: str, model: Model, place: tuple[Split, int], store: Store) -> Su
     return Suspect(image, doubt, pictures(layers, doubt, store.palette))
 
 
-def write_table(path: Path, listed: Sequence[tuple[str, Doubt]]) -> None:
+def write_csv(path: Path, listed: Sequence[tuple[str, Doubt]]) -> None:
     """A row an image, the most doubtful first."""
     with writing(path), path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)

@@ -11,13 +11,9 @@ from pipeline.evaluation.per_image import PER_IMAGE, PerImage
 from pipeline.evaluation.reliability import CALIBRATION
 from pipeline.evaluation.report import Masks
 from pipeline.pages.report import Evaluation, report_page
-from pipeline.params import Part, flatten, read_section
+from pipeline.params import Part, WorkDir, flatten, read_section
 from pipeline.provenance import Identity, git_tags, read_identity, rebuild_commands
 from stages import run_main
-
-
-class _Train(Part):
-    work_dir: str
 
 
 class _Evaluation(Part):
@@ -28,7 +24,7 @@ class _Given(Part):
     """What this stage needs of params.yaml, for which it does not import torch."""
 
     data: dict[str, Any]
-    train: _Train
+    train: WorkDir
     evaluation: _Evaluation
 
 

@@ -82,13 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     distributed.check_devices(params.train.device, params.train.gpus)
     if not distributed.hand_over("stages.train", params.train.gpus, given):
         with distributed.process_group(params.train.device, params.train.timeout) as device:
-            run(params, device, until)
+            run(params, store, device, until)
 
 
-def run(params: Params, device: torch.device, until: int | None) -> None:
+def run(params: Params, store: Store, device: torch.device, until: int | None) -> None:
     """Train from where this very training was left, or else from what the parameters name."""
     options, first = params.train, distributed.rank() == 0
-    store = Store(PREPARED)
     verification = store.verification(*(("train", "val") if first else ()), alive=distributed.alive)
     code = training_code(result_of(params), options)
     state = state_of(params, store, code)

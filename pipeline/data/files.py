@@ -59,26 +59,34 @@ def by_stem(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], lis
             f"{folder}: no such folder; data.root and, for pairs, data.format.images and targets "
             "name it, and in a --temp or queued run it must be tracked by git or `dvc add`"
         ]
-    found: dict[str, Path] = {}
     problems = [
         f"{path}: a link to {'a folder' if path.is_dir() else 'nothing'}, which DVC does not "
         "follow; put the files there"
         for path in sorted(folder.rglob("*"))
         if path.is_symlink() and not path.is_file()
     ]
+    found, unclear = stems(folder, suffixes)
+    problems += unclear
+    if not found and not unclear:
+        problems.append(f"{folder}: no {', '.join(suffixes)} file{_instead(folder)}")
+    return found, problems
+
+
+def stems(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
+    """The same of the files that are there, and what is unclear of their names, a line each."""
+    found: dict[str, Path] = {}
+    unclear = []
     for path in _files(folder):
         if path.suffix.lower() not in suffixes:
             continue
         if not is_utf8(path):
-            problems.append(f"{path}: {UNNAMED}")
+            unclear.append(f"{path}: {UNNAMED}")
             continue
         stem = path.relative_to(folder).with_suffix("").as_posix()
         if stem in found:
-            problems.append(f"{path}: same stem as {found[stem].name}; keep one of them")
+            unclear.append(f"{path}: same stem as {found[stem].name}; keep one of them")
         found[stem] = path
-    if not found and UNNAMED not in "".join(problems):
-        problems.append(f"{folder}: no {', '.join(suffixes)} file{_instead(folder)}")
-    return found, problems
+    return found, unclear
 
 
 def is_utf8(path: Path) -> bool:

@@ -22,6 +22,9 @@ from pipeline.evaluation.metrics import ImageAreas, Matrix
 
 PER_IMAGE = Path("evaluation/per_image.npz")  # below work_dir, and below a run's artifacts
 
+# What reading a file raises that is not one of ours, or is cut off.
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile, zlib.error)
+
 
 class Origin(TypedDict):
     """What was measured, and by what.
@@ -127,9 +130,7 @@ class PerImage:
             return cls(origin=origin, **arrays)
         except InputError:
             raise
-        except (
-            *(OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile, zlib.error),
-        ) as error:
+        except UNREADABLE as error:
             raise InputError(f"{path}: not the results of an evaluation ({error})") from None
 
 

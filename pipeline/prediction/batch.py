@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline import distributed
-from pipeline.data.files import IMAGE_SUFFIXES, UNNAMED, by_stem, is_utf8, read_image, upright
+from pipeline.data.files import IMAGE_SUFFIXES, UNNAMED, is_utf8, read_image, stems, upright
 from pipeline.data.store import Array
 from pipeline.disk import FORMAT, write_atomically, write_json
 from pipeline.errors import InputError, shown
@@ -175,8 +175,7 @@ def find_photographs(inputs: Sequence[str]) -> list[Photograph]:
 
 def _below(path: Path) -> list[Photograph]:
     if path.is_dir():
-        files, problems = by_stem(path, IMAGE_SUFFIXES)
-        unclear = [problem for problem in problems if "same stem" in problem or UNNAMED in problem]
+        files, unclear = stems(path, IMAGE_SUFFIXES)
         if unclear:
             raise InputError(shown(unclear[0]))
         return [Photograph(file, stem) for stem, file in files.items()]

@@ -21,6 +21,7 @@ from pipeline.errors import InputError, Interrupted
 from pipeline.evaluation.inference import Predictor, evaluate, predictions
 from pipeline.evaluation.metrics import summarize
 from pipeline.interruption import Interruption
+from pipeline.monitor import FIRST
 from pipeline.params import flatten
 from pipeline.training.checkpoint import Best, Description, build_checkpoint, weights_md5
 from pipeline.training.optimization import Learner, learning_rate
@@ -147,7 +148,7 @@ class Training:
     def _iterate(self, batch: Batch) -> None:
         """One step, and what all ranks have to say of the steps so far."""
         learner, options, progress = self.learner, self.options, self.progress
-        cold = distributed.FIRST if progress.iteration == self._begin else 0.0
+        cold = FIRST if progress.iteration == self._begin else 0.0
         distributed.at(f"iteration {progress.iteration + 1}", cold)
         learner.network.advance(progress.iteration / options.horizon(progress.iteration))
         learner.set_learning_rate(options, progress.iteration)
@@ -157,7 +158,7 @@ class Training:
             raise InputError(out_of_memory(error, options)) from None
         progress.iteration += 1
         self._bar.update()
-        self._reports.send(progress.iteration, *step, asked=self.interruption.asked is not None)
+        self._reports.send(progress.iteration, *step, asked=self.interruption.noted())
         self._hear(wait=False)
 
     def _hear(self, wait: bool) -> None:

@@ -51,11 +51,10 @@ class Learner:
         assert isinstance(average, Network)
         return average
 
-    def set_learning_rate(self, params: TrainParams, iteration: int) -> float:
-        """Give every group of parameters its rate in this iteration; returns that of `train.lr`."""
+    def set_learning_rate(self, params: TrainParams, iteration: int) -> None:
+        """Give every group of parameters its rate in this iteration."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(params, iteration, group["lr_mult"])
-        return learning_rate(params, iteration)
 
     def clip(self) -> Tensor:
         """Make the gradients of a batch, by now whole, ready for `step`; whether they are finite.

@@ -29,30 +29,16 @@ def project(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_is_named_and_all_end(project: Path) -> None:
-    rank = 0
-    with started(project) as process:
-        wait_for(project, process, r"iteration \d*[4-9] ")
-        killed = ranks_of(process)[rank]
-        killed.kill()
-        assert end_of(process) == 1
-    text = said(project)
-    assert f"rank {rank} (process {killed.pid}) was ended by SIGKILL" in text.splitlines()[-1]
+    killed, text = trained_until(project, 0, signal.SIGKILL)
+    assert f"rank 0 (process {killed}) was ended by SIGKILL" in text.splitlines()[-1]
     assert "Traceback" not in text
     assert state_of(project)["checkpoint"]["iteration"] >= 2
 
 
 @pytest.mark.slow
 def test_a_rank_that_is_stopped_is_named_and_all_end(project: Path) -> None:
-    rank = 1
-    with started(project) as process:
-        wait_for(project, process, r"iteration \d*[4-9] ")
-        stopped = ranks_of(process)[rank]
-        stopped.send_signal(signal.SIGSTOP)
-        assert end_of(process) == 1
-    text = said(project)
-    named = re.search(
-        rf"rank {rank} \(process {stopped.pid} on \S+\) has not got on for (\d+)", text
-    )
+    stopped, text = trained_until(project, 1, signal.SIGSTOP)
+    named = re.search(rf"rank 1 \(process {stopped} on \S+\) has not got on for (\d+)", text)
     assert int(named[1]) >= 5
     assert "train.timeout allows 5 s" in text
     assert query(project, "SELECT status FROM runs") == [("KILLED",)]
@@ -63,6 +49,16 @@ def test_a_rank_that_hangs_is_named_with_what_it_does(project: Path) -> None:
     with started(project, "tests.faults.worker hang", FAULT_RANK="1") as process:
         assert end_of(process) == 1
     assert re.search(r"rank 1 .* has not got on for \d+ s, at: iteration \d+; ", said(project))
+
+
+def trained_until(project: Path, rank: int, number: int) -> tuple[int, str]:
+    """Train until a rank gets a signal; its process, and what the stage has said to its end."""
+    with started(project) as process:
+        wait_for(project, process, r"iteration \d*[4-9] ")
+        struck = ranks_of(process)[rank]
+        struck.send_signal(number)
+        assert end_of(process) == 1
+    return struck.pid, said(project)
 
 
 def ranks_of(process) -> list[psutil.Process]:

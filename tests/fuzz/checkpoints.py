@@ -26,7 +26,7 @@ from pipeline.training.checkpoint import (
     save_model,
 )
 from pipeline.training.state import result_params
-from tests.fuzz.tally import OTHER, RIGHT, run
+from tests.fuzz.tally import OTHER, RIGHT, nested, places_in, run
 from tests.unit.sections import build, params
 
 CHANGED = "changed bytes of a file of torch before 1.6, which has no checksum"
@@ -231,7 +231,7 @@ def _header_changed(rng: random.Random, content: bytes) -> bytes:
 
 def _restructure(rng: random.Random, tree: Any, trap: Path | None) -> None:
     """A value replaced, a key renamed or taken away; with `trap`, perhaps by what would run."""
-    places = [*_places(tree)]
+    places = [*places_in(tree)]
     top = [place for place in places if place[0] is tree]
     holder, key = rng.choice(top if rng.random() < 0.4 else places)
     if isinstance(holder, tuple):
@@ -245,20 +245,9 @@ def _restructure(rng: random.Random, tree: Any, trap: Path | None) -> None:
             code = f"__import__('os').mkdir({str(trap)!r})"
             holder[key] = rng.choice([Payload(eval, code), Payload(os.mkdir, str(trap))])
         case 3:
-            nested: Any = rng.choice(HOSTILE)
-            for _ in range(rng.choice([1, 30, 100])):
-                nested = [nested] if rng.random() < 0.5 else {"a": nested}
-            holder[key] = nested
+            holder[key] = nested(rng, HOSTILE, [1, 30, 100], "a")
         case _:
             holder[key] = rng.choice(HOSTILE)
-
-
-def _places(tree: Any) -> Any:
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    for key, value in items:
-        yield tree, key
-        if isinstance(value, dict | list | tuple):
-            yield from _places(value)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from io import BytesIO
 from types import FrameType
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pipeline.errors import InputError
 
@@ -49,6 +51,18 @@ def mutated(content: bytes, rng: Rng) -> bytes:
             case _:
                 del data[place:]
     return bytes(data)
+
+
+def encoded(
+    images: Iterable[tuple[Image.Image, str, dict[str, Any]]],
+) -> list[tuple[str, bytes]]:
+    """Each image as a file of a format, by Pillow's options, with the format."""
+    found = []
+    for image, kind, options in images:
+        file = BytesIO()
+        image.save(file, kind, **options)
+        found.append((kind, file.getvalue()))
+    return found
 
 
 def forge(tree: Any, rng: Rng) -> None:

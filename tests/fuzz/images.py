@@ -1,7 +1,6 @@
 """Photographs: files of every format that is read."""
 
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.files import read_image
-from tests.fuzz.door import RIGHT, Rng, main, mutated
+from tests.fuzz.door import RIGHT, Rng, encoded, main, mutated
 
 LIMIT = 1_000_000
 
@@ -41,12 +40,7 @@ def files() -> list[tuple[str, bytes]]:
         (rgb, "WEBP", {"exif": exif}),
         (rgb, "WEBP", {"lossless": True}),
     ]
-    found = []
-    for image, kind, options in given:
-        file = BytesIO()
-        image.save(file, kind, **options)
-        found.append((kind, file.getvalue()))
-    return found
+    return encoded(given)
 
 
 def attempt(path: Path, whole: list[tuple[str, bytes]], rng: Rng) -> str:

@@ -12,7 +12,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.experiment import load_params
 from pipeline.params import flatten, plain
-from tests.fuzz.tally import OTHER, RIGHT, equal, run
+from tests.fuzz.tally import OTHER, RIGHT, equal, nested, places_in, run
 from tests.unit.sections import REPOSITORY, document
 
 HEADS: list[dict[str, Any]] = [
@@ -103,7 +103,7 @@ def disturbed(rng: random.Random, text: bytes) -> bytes:
 
 def restructure(rng: random.Random, tree: dict[str, Any]) -> None:
     """A value replaced, a key renamed, taken away or added, two values exchanged."""
-    places = [*_places(tree)]
+    places = [*places_in(tree)]
     holder, key = rng.choice(places)
     match rng.randrange(8):
         case 0:
@@ -116,20 +116,9 @@ def restructure(rng: random.Random, tree: dict[str, Any]) -> None:
             other, place = rng.choice(places)
             holder[key] = json.loads(json.dumps(other.get(place) if isinstance(other, dict) else 1))
         case 3:
-            nested: Any = rng.choice(HOSTILE)
-            for _ in range(rng.choice([1, 5, 31, 100])):
-                nested = [nested] if rng.random() < 0.5 else {"a": nested}
-            holder[key] = nested
+            holder[key] = nested(rng, HOSTILE, [1, 5, 31, 100], "a")
         case _:
             holder[key] = rng.choice(HOSTILE)
-
-
-def _places(tree: Any) -> Any:
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    for key, value in items:
-        yield tree, key
-        if isinstance(value, dict | list):
-            yield from _places(value)
 
 
 def whole(rng: random.Random) -> bytes:

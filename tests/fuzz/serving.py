@@ -21,7 +21,7 @@ from PIL import Image
 
 from pipeline.errors import InputError
 from pipeline.prediction.export import export_onnx
-from tests.fuzz.tally import OTHER, RIGHT, run
+from tests.fuzz.tally import OTHER, RIGHT, nested, places_in, run
 from tests.unit.test_export import predictor_of
 
 KEPT = tempfile.TemporaryDirectory(prefix="instep-fuzz-clean-")
@@ -196,7 +196,7 @@ def _text(rng: random.Random, text: str) -> str:
 
 def _restructure(rng: random.Random, tree: Any) -> None:
     """A value replaced, a key renamed or taken away."""
-    places = [*_places(tree)]
+    places = [*places_in(tree)]
     if not places:
         return
     holder, key = rng.choice(places)
@@ -206,20 +206,9 @@ def _restructure(rng: random.Random, tree: Any) -> None:
         case 1 if isinstance(holder, dict):
             holder[rng.choice([f"{key}x", "", "params", "inputs", "messages"])] = holder.pop(key)
         case 2:
-            nested: Any = rng.choice(HOSTILE)
-            for _ in range(rng.choice([1, 30, 900])):
-                nested = [nested] if rng.random() < 0.5 else {"image": nested}
-            holder[key] = nested
+            holder[key] = nested(rng, HOSTILE, [1, 30, 900], "image")
         case _:
             holder[key] = rng.choice(HOSTILE)
-
-
-def _places(tree: Any) -> Any:
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    for key, value in items:
-        yield tree, key
-        if isinstance(value, dict | list):
-            yield from _places(value)
 
 
 def _whole(rng: random.Random) -> bytes:

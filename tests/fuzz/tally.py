@@ -6,13 +6,14 @@ A case is known by its number: the same number makes the same case again (`--fir
 import argparse
 import json
 import os
+import random
 import resource
 import select
 import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,6 +110,22 @@ def _judged(door: Callable[[int, Path], str], case: int, folder: Path) -> Told:
     clear = text.strip() and text.count("\n") < LINES and "weights_only" not in text
     shown = all(part.isprintable() for part in text.split("\n"))
     return Told(case, REFUSED if clear and shown else OTHER, f"an unclear message: {text[:300]!a}")
+
+
+def places_in(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Every holder in a tree of dicts and lists, with each of its keys."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield tree, key
+        if isinstance(value, dict | list | tuple):
+            yield from places_in(value)
+
+
+def nested(rng: random.Random, values: Sequence[Any], depths: Sequence[int], key: str) -> Any:
+    """One of the values, in as many lists and dicts as one of the depths says."""
+    made: Any = rng.choice(values)
+    for _ in range(rng.choice(depths)):
+        made = [made] if rng.random() < 0.5 else {key: made}
+    return made
 
 
 def equal(one: Any, other: Any) -> bool:

@@ -3,7 +3,6 @@
 import struct
 import zlib
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.files import read_ids
-from tests.fuzz.door import RIGHT, Rng, main, mutated
+from tests.fuzz.door import RIGHT, Rng, encoded, main, mutated
 
 LIMIT = 1_000_000
 UNCHECKED = "accepted as ids, where no checksum holds any"
@@ -36,12 +35,7 @@ def files() -> list[tuple[str, bytes]]:
         (grey, "TIFF", {"compression": "tiff_lzw"}),
         (grey, "TIFF", {"compression": "tiff_deflate"}),
     ]
-    found = []
-    for image, kind, options in given:
-        file = BytesIO()
-        image.save(file, kind, **options)
-        found.append((kind, file.getvalue()))
-    return found
+    return encoded(given)
 
 
 def forged(content: bytes, rng: Rng) -> bytes:
