@@ -128,12 +128,17 @@ def synced(folder: Path, proxy: Proxy, code: int = 0) -> str:
     return done.stdout
 
 
-def sync_here(proxy: Proxy) -> None:
-    """The same in this process, when no thread of a tracker is left in it."""
+def no_thread_is_left() -> None:
+    """Wait for the threads of trackers that have ended: they would still send."""
     deadline = time.monotonic() + 30
     while any(session.live for spool in all_spools() for session in spool.sessions()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def sync_here(proxy: Proxy) -> None:
+    """What `python -m stages.runs --sync` does, in this process."""
+    no_thread_is_left()
     sync(proxy.uri)
 
 
@@ -353,6 +358,7 @@ def test_two_that_send_at_once_send_it_once(
     tracker = start("two", tmp_path)
     work(tracker)
     end(tracker, tmp_path)
+    no_thread_is_left()
     proxy.delay = 0.2
     proxy.back()
     sending = "from stages.runs import sync; sync(None)"
