@@ -7,10 +7,13 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import cv2
 import numpy as np
 from ruamel.yaml import YAML
+
+from tests.forked import Forked
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STARTED_BY_OTHERS = ("DVC_", "MLFLOW_", "TORCHELASTIC_", "GIT_")
@@ -193,9 +196,20 @@ def dvc(project: Path, *arguments: str, check: bool = True, **extra: str) -> str
     return run(["dvc", *arguments], project, check, **extra).stdout
 
 
-def stage(project: Path, name: str) -> str:
-    """What `python -m stages.NAME` prints, without DVC around it."""
-    return run([sys.executable, "-m", f"stages.{name}"], project).stdout
+def ended(project: Path, name: str, *arguments: str, **extra: str) -> tuple[int, str]:
+    """The exit code of `python -m stages.NAME ...`, and what it prints."""
+    with NamedTemporaryFile() as file:
+        own = {"env": environment(**extra), "said": Path(file.name)}
+        code = Forked(f"stages.{name}", *arguments, cwd=project, **own).wait()
+        return code, Path(file.name).read_text()
+
+
+def stage(project: Path, name: str, *arguments: str, check: bool = True, **extra: str) -> str:
+    """What `python -m stages.NAME ...` prints, which is to end well, unless `check` is False."""
+    code, said = ended(project, name, *arguments, **extra)
+    if check and code:
+        raise AssertionError(f"stages.{name} {arguments} ended with {code}:\n{said}")
+    return said
 
 
 def commit(project: Path, message: str) -> None:

@@ -2,14 +2,13 @@
 
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.disk import file_md5
+from tests.forked import Forked
 from tests.project import (
     NETWORKS,
     REPOSITORY,
@@ -17,7 +16,6 @@ from tests.project import (
     environment,
     make_project,
     metrics,
-    run,
     set_params,
     stage,
 )
@@ -40,21 +38,40 @@ def project(folder: Path) -> Path:
     return folder
 
 
-def set_up(project: Path, gpus: int, **changes: object) -> None:
+def set_up(project: Path, **changes: object) -> None:
     """The parameters of a training, and nothing left of the ones before."""
     shutil.copy(REPOSITORY / "params.yaml", project)
-    set_params(project, SMALL | CHANGES | changes | {"train.gpus": gpus})
+    set_params(project, SMALL | CHANGES | changes)
     for left in (".dvc/tmp/instep", "mlartifacts"):
         shutil.rmtree(project / left, ignore_errors=True)
 
 
-def train(project: Path, gpus: int, *command: str, **changes: object) -> Path:
+def ranks_of(project: Path, processes: int, module: str, *arguments: str) -> list[int]:
+    """The exit codes of ranks, started by nothing that sets more than their environment."""
+    with socket.socket() as probe:  # a port that is free now
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    meeting = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        Forked(
+            module,
+            *arguments,
+            cwd=project,
+            env=environment(**meeting, RANK=rank, LOCAL_RANK=rank),
+            said=project / f"rank{rank}.txt",
+        )
+        for rank in map(str, range(processes))
+    ]
+    return [rank.wait(timeout=300) for rank in ranks]
+
+
+def train(
+    project: Path, processes: int, module: str = "stages.train", *arguments: str, **changes: object
+) -> Path:
     """Train anew and return the last checkpoint."""
-    set_up(project, gpus, **changes)
-    if command:
-        run([sys.executable, *command], project, PYTHONPATH=f"{project}:{REPOSITORY}")
-    else:
-        stage(project, "train")
+    set_up(project, **changes)
+    codes = ranks_of(project, processes, module, *arguments)
+    assert not any(codes), (project / "rank0.txt").read_text()
     return project / "outputs/checkpoints/last.pt"
 
 
@@ -118,39 +135,24 @@ def test_two_processes_share_every_term_the_clipping_and_the_average(project: Pa
     assert difference(one, train(project, 2, **changes)) < 1e-9
 
 
-def test_ranks_may_be_started_by_anything_that_sets_their_environment(project: Path) -> None:
+def test_the_stage_itself_starts_them_with_torchrun(project: Path) -> None:
     one = one_process(project)
-    with socket.socket() as probe:  # a port that is free now
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    set_up(project, 2)
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "stages.train"],
-            cwd=project,
-            env=environment(**meeting, RANK=rank, LOCAL_RANK=rank),
-        )
-        for rank in ("0", "1")
-    ]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    set_up(project, **{"train.gpus": 2})
+    stage(project, "train")
     assert difference(one, project / "outputs/checkpoints/last.pt") < 1e-9
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(project: Path) -> None:
-    set_up(project, 1)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    done = run([sys.executable, *launcher, "-m", "stages.train"], project, check=False)
-    assert done.returncode != 0
-    assert "train.batch_size 8 / train.accumulation 2 is not divisible by the 3" in done.stdout
+    set_up(project)
+    assert ranks_of(project, 3, "stages.train") == [1, 1, 1]
+    said = "train.batch_size 8 / train.accumulation 2 is not divisible by the 3"
+    assert said in (project / "rank0.txt").read_text()
 
 
 @pytest.mark.parametrize("missing", ["local_batch_norm", "unkeyed_dropout"])
 def test_without_its_guarantees_two_processes_differ(project: Path, missing: str) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    worker = str(Path(__file__).with_name("worker.py"))
     one = one_process(project)
-    assert difference(one, train(project, 2, *launcher, worker, missing)) > 1e-4
+    assert difference(one, train(project, 2, "tests.distributed.worker", missing)) > 1e-4
 
 
 def test_loader_workers_change_no_bit(project: Path) -> None:
@@ -166,15 +168,14 @@ def test_a_changed_seed_changes_the_weights(project: Path) -> None:
 @pytest.mark.parametrize("model", ["pspnet", "pointrend", "segformer"])
 def test_ranks_share_an_evaluation_exactly(project: Path, model: str) -> None:
     one_process(project, model)
-    set_up(project, 1, **NETWORKS[model])
+    set_up(project, **NETWORKS[model])
     shutil.rmtree(project / "outputs")
     shutil.copytree(project / "alone" / model, project / "outputs")
+    shares = {"train.batch_size": 6, "train.accumulation": 1, "evaluation.batch_size": 1}
+    set_params(project, shares | {"evaluation.scales": [1.0, 0.75], "evaluation.flip": True})
     seen = []
-    for gpus in (1, 3):
-        shares = {"train.gpus": gpus, "train.batch_size": 6, "train.accumulation": 1}
-        views = {"evaluation.scales": [1.0, 0.75], "evaluation.flip": True}
-        set_params(project, shares | views | {"evaluation.batch_size": 1})
-        run([sys.executable, "-m", "stages.evaluate"], project, OMP_NUM_THREADS="1")
+    for processes in (1, 3):
+        assert not any(ranks_of(project, processes, "stages.evaluate"))
         folder = project / "outputs/evaluation"
         files = [folder / name for name in ("confusion.tsv", "per_image.npz", "calibration.json")]
         files += sorted((folder / "predictions").rglob("*.png"))

@@ -2,8 +2,6 @@
 
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ import psutil
 import torch
 
 from pipeline.training.state import Saved
+from tests.forked import Forked
 from tests.project import REPOSITORY, environment
 
 ENDED = re.compile(r"ended by ([\w ]+) after iteration (\d+), whose state is saved")
@@ -20,20 +19,12 @@ ENDED = re.compile(r"ended by ([\w ]+) after iteration (\d+), whose state is sav
 
 @contextmanager
 def started(
-    project: Path, module: str = "stages.train", **extra: str
-) -> "Iterator[subprocess.Popen[bytes]]":
+    project: Path, module: str = "stages.train", *arguments: str, **extra: str
+) -> Iterator[Forked]:
     """A stage in a project, which does not outlive the block; what it says goes to said.txt."""
-    paths = {"PYTHONPATH": str(REPOSITORY)} if module.startswith("tests.") else {}
-    with (project / "said.txt").open("wb") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *module.split()],
-            cwd=project,
-            env=environment(**paths, **extra),
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    paths = {"PYTHONPATH": str(REPOSITORY)} if module.startswith("tests.") else {}  # for ranks
+    own = {"env": environment(**paths, **extra), "said": project / "said.txt"}
+    process = Forked(module, *arguments, cwd=project, **own)
     try:
         yield process
     finally:
@@ -44,7 +35,7 @@ def started(
         process.wait()
 
 
-def family(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+def family(process: Forked) -> list[psutil.Process]:
     """The processes below it."""
     return psutil.Process(process.pid).children(recursive=True)
 
@@ -53,7 +44,7 @@ def said(project: Path) -> str:
     return (project / "said.txt").read_text()
 
 
-def wait_for(project: Path, process: "subprocess.Popen[bytes]", pattern: str) -> None:
+def wait_for(project: Path, process: Forked, pattern: str) -> None:
     """Until the stage has said so."""
     deadline = time.monotonic() + 240
     while not re.search(pattern, said(project)):
@@ -62,7 +53,7 @@ def wait_for(project: Path, process: "subprocess.Popen[bytes]", pattern: str) ->
         time.sleep(0.01)
 
 
-def end_of(process: "subprocess.Popen[bytes]", within: float = 120) -> int:
+def end_of(process: Forked, within: float = 120) -> int:
     """Its exit code; nothing that it has started is left."""
     below = family(process) if process.poll() is None else []
     code = process.wait(within)

@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from pipeline.training.checkpoint import save, save_model
 from pipeline.training.loop import Writer
 from pipeline.training.state import LogFile, State
 from stages import run_main
-from tests.project import make_project, run
+from tests.project import ended, make_project, stage
 
 Mount = Callable[..., Path]
 
@@ -227,12 +226,12 @@ COUNTS = {"train": 6, "val": 2, "test": 2}
 STATE_MB = 90  # of the network of SMALL, with its momentum
 
 
-def failed(project: Path, stage: str) -> str:
+def failed(project: Path, name: str) -> str:
     """The last line of a stage that fails, with code 1 and without a traceback."""
-    done = run([sys.executable, "-m", f"stages.{stage}"], project, check=False)
-    assert done.returncode == 1, done.stdout
-    assert "Traceback" not in done.stdout
-    return done.stdout.splitlines()[-1]
+    code, said = ended(project, name)
+    assert code == 1, said
+    assert "Traceback" not in said
+    return said.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -246,7 +245,7 @@ def test_a_data_set_without_room_for_its_shards_is_said_in_a_line(mount: Mount, 
     assert line.startswith("error: data/prepared can't be written: the disk is full; ")
     assert not (project / "data/prepared").exists()  # no half of it keeps the disk full
     mount(data, "size=40m")
-    run([sys.executable, "-m", "stages.prepare"], project)
+    stage(project, "prepare")
 
 
 @pytest.mark.slow
@@ -255,7 +254,7 @@ def test_a_training_on_a_full_disk_goes_on_when_there_is_room(mount: Mount, tmp_
     project = tmp_path / "project"
     changes = {"train.checkpoint.interval": 2, "train.validate": False}
     make_project(project, COUNTS, **changes)
-    run([sys.executable, "-m", "stages.prepare"], project)
+    stage(project, "prepare")
 
     states = mount(project / ".dvc/tmp", f"size={int(2.5 * STATE_MB)}m")
     line = failed(project, "train")
@@ -272,7 +271,7 @@ def test_a_training_on_a_full_disk_goes_on_when_there_is_room(mount: Mount, tmp_
     assert line.startswith("error: outputs/checkpoints/last.pt can't be written: the disk is full")
     assert [path.name for path in (outputs / "checkpoints").iterdir()] == []
     mount(outputs, f"size={2 * STATE_MB}m")
-    said = run([sys.executable, "-m", "stages.train"], project).stdout
+    said = stage(project, "train")
     assert "continuing at iteration 8" in said
     assert "continuing at iteration 4" in (outputs / "train.log").read_text()
 

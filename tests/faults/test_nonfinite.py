@@ -20,7 +20,7 @@ from tests.unit.test_train_step import learner_of, setting
 
 CHANGES = {"train.iterations": 12, "train.checkpoint.interval": 2, "evaluation.interval": 4}
 COUNTS = {"train": 10, "val": 3, "test": 3}
-POISON = "tests.faults.worker poison"
+POISON = "tests.faults.worker", "poison"
 
 
 @pytest.fixture
@@ -51,13 +51,13 @@ def test_a_learning_rate_that_is_far_too_high_leaves_only_finite_weights(project
 def test_a_step_may_be_left_out_as_if_it_had_not_been(project: Path) -> None:
     set_params(project, {"train.gpus": 2})
     faulty = {"FAULT_AT": "7", "FAULT_RANK": "1"}  # one rank's alone
-    with started(project, POISON, **faulty) as process:
+    with started(project, *POISON, **faulty) as process:
         assert end_of(process) == 1
     assert "error: iteration 7: the loss" in said(project)
     assert state_of(project)["checkpoint"]["iteration"] == 6
 
     set_params(project, {"train.leave_out_nonfinite": 1})  # another training, from the start
-    with started(project, POISON, **faulty) as process:
+    with started(project, *POISON, **faulty) as process:
         assert end_of(process) == 0, said(project)
     assert "iteration 7: the loss or its gradient is not finite" in said(project)
     assert "; the step is left out" in said(project)
@@ -105,7 +105,7 @@ def test_a_point_of_steps_that_were_all_left_out_has_no_loss(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_device_without_memory_for_a_step_is_told_what_may_fit(project: Path) -> None:
-    with started(project, "tests.faults.worker oom") as process:
+    with started(project, "tests.faults.worker", "oom") as process:
         assert end_of(process) == 1
     (line,) = [line for line in said(project).splitlines() if line.startswith("error:")]
     assert "set train.accumulation: 2" in line

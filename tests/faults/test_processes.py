@@ -46,7 +46,7 @@ def test_a_rank_that_is_stopped_is_named_and_all_end(project: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named_with_what_it_does(project: Path) -> None:
-    with started(project, "tests.faults.worker hang", FAULT_RANK="1") as process:
+    with started(project, "tests.faults.worker", "hang", FAULT_RANK="1") as process:
         assert end_of(process) == 1
     assert re.search(r"rank 1 .* has not got on for \d+ s, at: iteration \d+; ", said(project))
 

@@ -91,8 +91,8 @@ def test_a_validation_that_is_cut_off_is_caught_up_with(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
     project = a_project(tmp_path)
-    signals = "tests.faults.worker interrupted_validation"
-    with started(project, signals) as process:
+    signals = "tests.faults.worker", "interrupted_validation"
+    with started(project, *signals) as process:
         assert end_of(process) == 75
     assert ENDED.search(said(project)).group(2) == "20"
     assert state_of(project)["unmeasured"]
@@ -104,7 +104,7 @@ def test_a_validation_that_is_cut_off_is_caught_up_with(
 
 def test_a_second_ctrl_c_ends_a_step_that_hangs(tmp_path: Path) -> None:
     project = a_project(tmp_path)
-    with started(project, "tests.faults.worker hang") as process:
+    with started(project, "tests.faults.worker", "hang") as process:
         wait_for(project, process, "hangs")
         process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
@@ -115,7 +115,7 @@ def test_a_second_ctrl_c_ends_a_step_that_hangs(tmp_path: Path) -> None:
 
 def test_a_step_that_hangs_ends_after_a_while(tmp_path: Path) -> None:
     project = a_project(tmp_path)
-    with started(project, "tests.faults.worker hang", FAULT_PATIENCE="1") as process:
+    with started(project, "tests.faults.worker", "hang", FAULT_PATIENCE="1") as process:
         wait_for(project, process, "hangs")
         process.send_signal(signal.SIGTERM)
         assert end_of(process, 60) == 75
@@ -126,11 +126,19 @@ def test_a_step_that_hangs_ends_after_a_while(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["prepare", "evaluate"])
 def test_other_stages_end_at_once_in_a_line(name: str, uninterrupted: Path) -> None:
     number = {"prepare": signal.SIGTERM, "evaluate": signal.SIGINT}[name]
-    with started(uninterrupted, f"stages.{name}") as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", f"stages.{name}"],
+        cwd=uninterrupted,
+        env=environment(),
+        stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         time.sleep(1.5)  # while it imports torch, or a little later
         process.send_signal(number)
-        assert end_of(process, 30) == 75
-    (line,) = said(uninterrupted).splitlines()
+        text, _ = process.communicate(timeout=30)
+    assert process.returncode == 75
+    (line,) = text.splitlines()
     assert line == f"ended by {signal.Signals(number).name}; the same command does what is left"
 
 

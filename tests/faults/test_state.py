@@ -22,7 +22,7 @@ from pipeline.provenance import read_identity
 from pipeline.training import state as state_module
 from pipeline.training.checkpoint import load_checkpoint, save, save_model
 from pipeline.training.state import State
-from tests.project import dvc, environment, make_project, run
+from tests.project import dvc, ended, environment, make_project, run, stage
 
 KILLS = 25
 SIDE = 600  # of the tensors: writing them takes milliseconds
@@ -346,25 +346,24 @@ COUNTS = {"train": 6, "val": 2, "test": 2}
 def test_a_training_goes_on_from_the_state_before_bit_for_bit(folder: Path):
     """Row 27: and what evaluates it says what is wrong with its run.json."""
     project = make_project(folder, COUNTS, **{"train.checkpoint.interval": 2})
-    python = [sys.executable, "-m"]
-    for stage in ("prepare", "train"):
-        run([*python, f"stages.{stage}"], project)
+    for name in ("prepare", "train"):
+        stage(project, name)
     outputs = [f"checkpoints/{name}" for name in ("last.pt", "best.pt", "model.safetensors")]
     outputs = [project / "outputs" / name for name in (*outputs, "train.tsv", "val.tsv")]
     before = [file_md5(path) for path in outputs]
     (state,) = (project / ".dvc/tmp/instep").iterdir()
     flip(state / "state.pt")
-    said = run([*python, "stages.train"], project).stdout
+    said = stage(project, "train")
     assert "state.pt: not a checkpoint that can be loaded safely: since it was written" in said
     assert "taking the state before it, of iteration 6" in said
     assert "continuing at iteration 6" in said
     assert [file_md5(path) for path in outputs] == before
 
     (project / "outputs/run.json").write_text("{}")
-    done = run([*python, "stages.evaluate"], project, check=False)
-    assert done.returncode == 1
-    assert "error: outputs/run.json has format None" in done.stdout
-    assert "Traceback" not in done.stdout
+    code, said = ended(project, "evaluate")
+    assert code == 1
+    assert "error: outputs/run.json has format None" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from pipeline.tracking.store import TrackingParams
 from pipeline.tracking.tracker import Tracker, open_evaluation_run, open_training_run
 from stages.runs import sync
 from tests.faults.server import Proxy, Server, lost_once
-from tests.project import REPOSITORY, environment, make_project, run
+from tests.project import REPOSITORY, ended, environment, make_project, stage
 
 pytestmark = pytest.mark.slow
 
@@ -117,15 +117,10 @@ def undisturbed(server: Server, folder: Path) -> dict[str, object]:
 
 def synced(folder: Path, proxy: Proxy, code: int = 0) -> str:
     """What `python -m stages.runs --sync` prints."""
-    done = run(
-        [sys.executable, "-m", "stages.runs", "--sync"],
-        REPOSITORY,
-        check=False,
-        DVC_ROOT=str(folder),
-        MLFLOW_TRACKING_URI=proxy.uri,
-    )
-    assert done.returncode == code, done.stdout
-    return done.stdout
+    own = {"DVC_ROOT": str(folder), "MLFLOW_TRACKING_URI": proxy.uri}
+    ending, said = ended(REPOSITORY, "runs", "--sync", **own)
+    assert ending == code, said
+    return said
 
 
 def no_thread_is_left() -> None:
@@ -436,18 +431,17 @@ def test_a_real_training_behind_a_bad_server_is_told_as_one_behind_a_good_one(
     """Row 11, row 12: `stages.train` and `stages.evaluate`, then `--sync`."""
     project = make_project(tmp_path / "project", {"train": 8, "val": 3, "test": 3})
     store = {"MLFLOW_TRACKING_URI": proxy.uri, "MLFLOW_HTTP_REQUEST_TIMEOUT": "2"}
-    stages = [[sys.executable, "-m", f"stages.{name}"] for name in ("prepare", "train", "evaluate")]
-    for command in stages:
-        run(command, project, **store)
+    for name in ("prepare", "train", "evaluate"):
+        stage(project, name, **store)
     proxy.mute()
-    said = run(stages[1], project, **store).stdout
+    said = stage(project, "train", **store)
     assert said.count("--sync") == 1
     proxy.back()
     proxy.away()
-    said = run(stages[2], project, **store).stdout
+    said = stage(project, "evaluate", **store)
     assert said.count("--sync") == 1
     proxy.back()
-    run([sys.executable, "-m", "stages.runs", "--sync"], project, **store)
+    stage(project, "runs", "--sync", **store)
     good, bad = server.content("instep")
     for told in (good, bad):  # run.json and the log hold ids and times
         assert told["files"].keys() >= {"run.json", "train.log", "evaluation/scores.json"}

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.project import commit, dvc, make_project, query, run, set_params
+from tests.project import commit, dvc, make_project, query, run, set_params, stage
 
 GOOD, BAD = 0.05, 1e-7  # learning rates
 # The experiments by learning rate and seed: two seeds of a training that learns, and of one that
@@ -68,7 +67,7 @@ def colour_by_class(root: Path) -> None:
 
 
 def compare(project: Path, *names: str, check: bool = True) -> str:
-    return run([sys.executable, "-m", "stages.compare", *names], project, check).stdout
+    return stage(project, "compare", *names, check=check)
 
 
 def tags(project: Path, key: str) -> list[str]:
@@ -133,7 +132,7 @@ def test_a_wrong_label_is_found(project: Path) -> None:
     target[(target == 1) & (np.arange(target.shape[1]) > target.shape[1] // 2)] = 2
     assert cv2.imwrite(str(path), target)
     dvc(project, "repro", "prepare")
-    said = run([sys.executable, "-m", "stages.labels", "--shown", "3"], project).stdout
+    said = stage(project, "labels", "--shown", "3")
     assert re.match(r"0\.\d{4}  test/foot 05\n", said)
     with (project / "labels.csv").open(newline="") as file:
         first, *others = csv.DictReader(file)

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,8 @@ import psutil
 import pytest
 
 from pipeline.disk import file_md5
+from tests.faults.stage import started
+from tests.forked import Forked
 from tests.project import (
     NETWORKS,
     REPOSITORY,
@@ -57,7 +58,10 @@ def start(project: Path, *command: str, **extra: str) -> "subprocess.Popen[bytes
 
 
 def wait_for(
-    project: Path, iteration: int, process: "subprocess.Popen[bytes]", kills: int = 0
+    project: Path,
+    iteration: int,
+    process: "subprocess.Popen[bytes] | Forked",
+    kills: int = 0,
 ) -> None:
     deadline = time.monotonic() + 300
     while reached(project, kills) < iteration:
@@ -158,10 +162,10 @@ def begin(project: Path, **changes: object) -> None:
 @pytest.mark.parametrize("network", ["pointrend", "segformer", "eomt"])
 def test_a_kill_changes_nothing_for_other_networks(network: str, prepared: Path) -> None:
     begin(prepared, **NETWORKS[network], **{"train.iterations": 20, "evaluation.interval": 10})
-    process = start(prepared, sys.executable, "-m", "stages.train")
-    wait_for(prepared, 13, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with started(prepared) as process:
+        wait_for(prepared, 13, process)
+        process.kill()
+        process.wait()
     found = []
     for killed in (True, False):
         stage(prepared, "train")

@@ -19,7 +19,8 @@ from pipeline.disk import file_md5
 from pipeline.distributed import SyncBatchNorm, check_devices, parallelize, processes_here
 from pipeline.params import flatten
 from pipeline.yaml12 import read_yaml
-from tests.project import SMALL, dvc, environment, make_project, run, set_params, stage
+from tests.faults.stage import started
+from tests.project import SMALL, dvc, make_project, run, set_params, stage
 
 CHANGES: dict[str, object] = SMALL | {
     "train.gpus": 1,
@@ -198,22 +199,10 @@ def test_more_gpus_than_the_machine_shows_are_refused(
 def test_two_trainings_at_once_find_ports_of_their_own(project: Path, tmp_path: Path) -> None:
     shutil.rmtree(project / ".dvc/tmp/instep", ignore_errors=True)
     other = shutil.copytree(project, tmp_path / "other")
-    trainings = []
     for folder in (project, other):
         set_params(folder, CHANGES | {"train.gpus": 2, "train.seed": 1})
-        trainings.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "stages.train"],
-                cwd=folder,
-                env=environment(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    for training in trainings:
-        said, _ = training.communicate(timeout=300)
-        assert training.returncode == 0, said
+    with started(project) as one, started(other) as two:
+        assert [one.wait(300), two.wait(300)] == [0, 0]
     weights = [folder / "outputs/checkpoints/last.pt" for folder in (project, other)]
     assert file_md5(weights[0]) == file_md5(weights[1])
 

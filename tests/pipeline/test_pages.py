@@ -1,14 +1,13 @@
 """What a browser makes of the pages: the report, DVC's plots, the comparison."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.browser import Browser
-from tests.project import commit, dvc, make_project, metrics, run
+from tests.project import commit, dvc, make_project, metrics, run, stage
 
 LIVE = "<script>document.title = 'run'</script>"
 CLOSING = "</script><img onerror=run() src=x>"
@@ -36,7 +35,7 @@ def project(folder: Path) -> Path:
     installed = ["make", "--silent", "--old-file=.venv/.installed"]  # by whoever runs the tests
     said = run([*installed, "plots", "REVS=workspace HEAD"], folder).stdout
     assert said.strip() == (folder / PAGES["plots"]).as_uri()
-    run([sys.executable, "-m", "stages.compare", "HEAD", "workspace"], folder)
+    stage(folder, "compare", "HEAD", "workspace")
     return folder
 
 
@@ -138,7 +137,7 @@ def test_the_report_shows_what_the_files_say(browser: Browser, project: Path) ->
 def test_equal_results_give_equal_pages(project: Path) -> None:
     path = project / PAGES["report"]
     first = path.read_bytes()
-    run([sys.executable, "-m", "stages.report"], project)
+    stage(project, "report")
     assert path.read_bytes() == first
 
 

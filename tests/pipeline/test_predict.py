@@ -2,8 +2,6 @@
 
 import csv
 import json
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +13,8 @@ from PIL import Image
 from pipeline import load_model
 from pipeline.disk import file_md5
 from pipeline.evaluation.report import read_mask
-from tests.project import dvc, environment, make_project, query, run
+from tests.faults.stage import started
+from tests.project import dvc, make_project, query, run, stage
 
 WEIGHTS = "outputs/checkpoints/model.safetensors"
 
@@ -59,8 +58,7 @@ def photographs(project: Path) -> Path:
 
 
 def predict(project: Path, *arguments: str, check: bool = True) -> str:
-    command = [sys.executable, "-m", "stages.predict", *arguments]
-    return run(command, project, check).stdout
+    return stage(project, "predict", *arguments, check=check)
 
 
 def results(folder: Path) -> dict[str, str]:
@@ -136,20 +134,15 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(project: Path):
 
 def test_a_killed_run_goes_on_and_two_processes_find_the_same(project: Path, predicted: tuple):
     asked = ["mixed", "--confidence", "--probabilities"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "stages.predict", *asked, "--out", "killed"],
-        cwd=project,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
+    with started(project, "stages.predict", *asked, "--out", "killed") as process:
         notes = project / "killed/.done-0.jsonl"
         deadline = time.monotonic() + 60
         while not notes.is_file() or not notes.read_text().count("\n"):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
+        process.wait()
     with notes.open("a") as file:
         file.write('{"name": "cut o')
     done = notes.read_text().count("\n")

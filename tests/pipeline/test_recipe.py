@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
 import torch
 
-from tests.project import REPOSITORY, draw_feet, dvc, make_project, metrics, run, set_params
+from tests.project import REPOSITORY, draw_feet, dvc, make_project, metrics, set_params, stage
 
 
 def test_the_feets_recipe_trains_on_a_folder_of_photographs(tmp_path: Path) -> None:
@@ -19,7 +18,7 @@ def test_the_feets_recipe_trains_on_a_folder_of_photographs(tmp_path: Path) -> N
         assert cv2.imwrite(str(image.with_suffix(".jpg")), cv2.imread(str(image)))
         image.unlink()
     name = "pointrend_r101_512x512_160k_feetarch5k"
-    said = run([sys.executable, "-m", "stages.recipe", "use", name], project).stdout
+    said = stage(project, "recipe", "use", name)
     assert f"params.yaml is now {name}" in said
     sizes = {"augmentation.crop_size": [64, 64], "train.iterations": 3, "train.batch_size": 2}
     sizes |= {"model.backbone.name": "resnet18c"}

@@ -2,13 +2,12 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 from pipeline.disk import file_md5
-from tests.project import commit, dvc, make_project, metrics, query, run
+from tests.project import commit, dvc, make_project, metrics, query, run, stage
 
 LOSS = "pipeline/models/losses.py"
 
@@ -24,7 +23,7 @@ def project(folder: Path) -> Path:
 
 
 def runs(project: Path, *arguments: str, check: bool = True) -> str:
-    return run([sys.executable, "-m", "stages.runs", *arguments], project, check).stdout
+    return stage(project, "runs", *arguments, check=check)
 
 
 def fingerprint(project: Path) -> str:
@@ -72,7 +71,7 @@ def test_the_commands_give_the_same_result_in_an_empty_folder(project: Path, tmp
 
 def test_a_run_is_compared_by_the_id_that_the_table_shows(project: Path):
     slow, fast = (ids(project)[rate][:8] for rate in ("0.01", "0.03"))
-    said = run([sys.executable, "-m", "stages.compare", slow, fast], project).stdout
+    said = stage(project, "compare", slow, fast)
     assert f"1 training, train.lr: 0.01  ({slow})\n" in said
     assert f"1 training, train.lr: 0.03  ({fast})\n" in said
 
