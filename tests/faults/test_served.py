@@ -9,7 +9,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from pipeline.serving import LARGEST, decoded
-from tests.fuzz.serving import claiming
+from tests.fuzz.images import claiming
 
 
 def test_an_image_that_claims_too_many_pixels_is_refused_by_its_header() -> None:

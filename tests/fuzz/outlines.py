@@ -1,17 +1,17 @@
 """Outlines of COCO, LabelMe, CVAT and YOLO: files with changed bytes, and with changed values."""
 
+import copy
 import json
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from random import Random
 from typing import Any
 
 import numpy as np
 
 from pipeline.data.formats import Record
-from pipeline.data.outlines import PARSERS, by_image, drawings
+from pipeline.data.outlines import PARSERS, by_image
 from pipeline.errors import InputError
-from tests.fuzz.door import RIGHT, Rng, forge, main, mutated
+from tests.fuzz.door import RIGHT, forge, main, mutated
 from tests.unit.pairs import data_params, labels, photo, write
 
 SHAPE = [[2, 2], [9.5, 2], [9, 8]]
@@ -51,25 +51,20 @@ WHOLE: dict[str, Any] = {
 }
 
 
-def attempt(root: Path, rng: Rng) -> str:
+def attempt(rng: Random, root: Path) -> str:
     """Read the drawing of an image as ids: all of them are of the classes."""
-    for old in root.glob("annotations/*"):
-        old.unlink()
-    kind = list(WHOLE)[int(rng.integers(len(WHOLE)))]
-    content: Any = WHOLE[kind]
-    if isinstance(content, dict):
-        content = json.loads(json.dumps(content))
-        changed = rng.random() < 0.7
-        if changed:
-            forge(content, rng)
-        content = json.dumps(content).encode()
-        content = content if changed else mutated(content, rng)
+    kind, content = rng.choice([*WHOLE.items()])
+    if isinstance(content, str) or rng.random() < 0.3:
+        text = content if isinstance(content, str) else json.dumps(content)
+        broken = mutated(text.encode(), rng)
     else:
-        content = mutated(content.encode(), rng)
+        tree = copy.deepcopy(content)
+        forge(tree, rng)
+        broken = json.dumps(tree).encode()
     path = root / f"annotations/a{PARSERS[kind][0]}"
-    path.write_bytes(content)
-    image = root / "images/a.png"
-    drawings.cache_clear()
+    path.parent.mkdir()
+    path.write_bytes(broken)
+    image, _ = write(root, "a", photo(0), labels())
     found, problems = by_image(kind, path.parent, {"a": image})
     if problems or "a" not in found:
         raise InputError(*problems[:1] or ["a.png: no target"])
@@ -81,7 +76,4 @@ def attempt(root: Path, rng: Rng) -> str:
 
 
 if __name__ == "__main__":
-    with TemporaryDirectory() as folder:
-        write(Path(folder), "a", photo(0), labels())
-        (Path(folder) / "annotations").mkdir()
-        main(partial(attempt, Path(folder)))
+    main(attempt)

@@ -4,13 +4,14 @@ import struct
 import zlib
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from random import Random
 
 import numpy as np
 from PIL import Image
 
 from pipeline.data.files import read_ids
-from tests.fuzz.door import RIGHT, Rng, encoded, main, mutated
+from tests.fuzz.door import RIGHT, encoded, main, mutated
+from tests.fuzz.images import chunk
 
 LIMIT = 1_000_000
 UNCHECKED = "accepted as ids, where no checksum holds any"
@@ -38,7 +39,7 @@ def files() -> list[tuple[str, bytes]]:
     return encoded(given)
 
 
-def forged(content: bytes, rng: Rng) -> bytes:
+def forged(content: bytes, rng: Random) -> bytes:
     """A PNG of which header, palette or data are changed, and all checksums made to fit."""
     place, made = 8, content[:8]
     while place < len(content):
@@ -49,14 +50,14 @@ def forged(content: bytes, rng: Rng) -> bytes:
             rows = zlib.decompress(data) if kind == b"IDAT" else data
             data = mutated(rows, rng)
             data = zlib.compress(data) if kind == b"IDAT" else data
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        made += struct.pack(">I", len(data)) + kind + data + check
+        made += chunk(kind, data)
     return made
 
 
-def attempt(path: Path, whole: list[tuple[str, bytes]], rng: Rng) -> str:
+def attempt(whole: list[tuple[str, bytes]], rng: Random, folder: Path) -> str:
     """Read a mutated file, or one whose checksums were made to fit."""
-    kind, content = whole[int(rng.integers(len(whole)))]
+    kind, content = rng.choice(whole)
+    path = folder / "a.png"
     forge = kind == "PNG" and rng.random() < 0.2
     path.write_bytes(forged(content, rng) if forge else mutated(content, rng))
     ids = read_ids(path, LIMIT)
@@ -71,5 +72,4 @@ def attempt(path: Path, whole: list[tuple[str, bytes]], rng: Rng) -> str:
 
 
 if __name__ == "__main__":
-    with TemporaryDirectory() as folder:
-        main(partial(attempt, Path(folder) / "a.png", files()))
+    main(partial(attempt, files()))
