@@ -20,6 +20,7 @@ from PIL import Image
 
 from pipeline.data.store import Array
 from pipeline.errors import Interrupted
+from pipeline.evaluation.metrics import HistoryEntry
 from pipeline.evaluation.report import panel, png
 from pipeline.tracking.delivery import Delivery, deliver, told_of, waiting_spools
 from pipeline.tracking.load import sample_load
@@ -36,7 +37,6 @@ from pipeline.tracking.store import (
 )
 
 log = logging.getLogger("instep")
-HistoryEntry = dict[str, Any]
 Colours = Mapping[str, Sequence[int]]  # of each class, by its name
 
 PICTURES = "images"  # the folder of artifacts that MLflow shows as a grid, by steps
