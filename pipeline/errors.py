@@ -8,6 +8,12 @@ def shown(text: object) -> str:
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in str(text))
 
 
+def one_line(error: Exception) -> str:
+    """What another library's error says, or else its kind, in one line of a message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
 def counted(count: int, what: str) -> str:
     """`1 problem`, `2 problems`."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"

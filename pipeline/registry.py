@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.data.store import Array
+from pipeline.errors import one_line
 from pipeline.evaluation.report import png
-from pipeline.tracking.names import one_line
 from pipeline.tracking.store import TrackingParams, brief_requests, connect, find_run, store_uri
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
 from pipeline.comments import rewrite
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 from pipeline.experiment import load_params
 from pipeline.params import flatten, nearest
 from pipeline.yaml12 import read_yaml
@@ -120,7 +120,7 @@ def rewritten(path: Path, values: dict[str, Any]) -> str:
     try:
         return rewrite(path, change)
     except YAMLError as error:
-        raise InputError(f"{path} can't be changed: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path} can't be changed: {one_line(error)}") from None
 
 
 def merge(section: Any, values: dict[str, Any], whole: str | None = None) -> None:

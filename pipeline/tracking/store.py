@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 from pydantic import Field
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 from pipeline.params import Positive, Section, main_checkout
-from pipeline.tracking.names import one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
