@@ -19,10 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, shown
 from pipeline.models.eomt_names import from_eomt
 from pipeline.models.mmseg import from_mmseg
-from pipeline.params import brief
 
 OWN = {"model", "params"}  # by these a file is one of ours
 DESCRIPTION = "instep"  # the metadata of our safetensors: several keys would change their order
@@ -323,8 +322,8 @@ def network_of(content: dict[str, Any]) -> str:
     """Which network a checkpoint of ours says that it is; empty where it does not say."""
     model = content["params"].get("model", {})
     parts = [model.get(part) for part in ("head", "backbone")]
-    names = [part.get("name") for part in parts if isinstance(part, dict)]
-    return f"a {brief(str(names[0]))} on {brief(str(names[1]))}" if len(names) == 2 else ""
+    names = [shown(part.get("name"), 60) for part in parts if isinstance(part, dict)]
+    return f"a {names[0]} on {names[1]}" if len(names) == 2 else ""
 
 
 def classes_of(content: dict[str, Any]) -> list[str]:
