@@ -170,14 +170,19 @@ def require_whole(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
-            # torch.save compresses nothing; of what is, a few bytes could fill the memory.
+            # Of what is compressed a few bytes could fill the memory.
             compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
             altered = any(part.external_attr & FOLDER for part in parts)
-            altered = altered or compressed or archive.testzip() is not None
+            altered = altered or (not compressed and archive.testzip() is not None)
     except Exception as error:  # zipfile, too, has a kind for each way of being broken
         raise InputError(f"{path}: {UNSAFE}: it is cut off or broken ({error})") from None
     if altered:
         raise InputError(f"{path}: {UNSAFE}: {ALTERED}")
+    if compressed:
+        raise InputError(
+            f"{path}: {UNSAFE}: parts of it are compressed, and torch.save compresses nothing; of "
+            "a model of TorchScript, save the state_dict"
+        )
 
 
 def _read_pickle(path: Path) -> Any:
