@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.errors import INTERRUPTED, InputError
+from pipeline.errors import INTERRUPTED, InputError, one_line
 from pipeline.monitor import Monitor
 
 PATIENCE = 300.0  # seconds
@@ -220,7 +220,7 @@ def process_group(device: str, patience: float = PATIENCE) -> Iterator[torch.dev
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        text = re.sub(r"\A\[\S+\] ", "", " ".join(str(error).split()))[:200]
+        text = re.sub(r"\A\[\S+\] ", "", one_line(error))
         sys.exit(f"rank {rank()} has lost another process: {text}")
     finally:
         dist.destroy_process_group()

@@ -3,9 +3,18 @@
 INTERRUPTED = 75  # an exit code, EX_TEMPFAIL of sysexits.h: the same command again goes on
 
 
-def shown(text: object) -> str:
-    """One line of a message: what a terminal obeys or can't show is escaped, as in files' names."""
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in str(text))
+def shown(text: object, longest: int | None = None) -> str:
+    """One line of a message: what a terminal obeys or can't show is escaped, as in files' names.
+
+    What is longer is cut off, and ends with an ellipsis.
+    """
+    line = "".join(one if one.isprintable() else repr(one)[1:-1] for one in str(text))
+    return line if longest is None or len(line) <= longest else f"{line[:longest]}…"
+
+
+def one_line(error: Exception) -> str:
+    """What another library's error says, or else its kind, in one line of a message."""
+    return shown(" ".join(str(error).split()) or type(error).__name__, longest=300)
 
 
 def counted(count: int, what: str) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, shown
 from pipeline.yaml12 import read_yaml
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -38,7 +38,7 @@ Colour = tuple[Grey, Grey, Grey]
 
 LISTED = 20  # findings of a file
 LONGEST = 1000  # characters of a text
-SHOWN = 60  # characters of what was given
+GIVEN = 60  # characters of what was given
 # What no screen, page or metric's name can show: control characters, halves of characters, what
 # separates lines, and what turns the text around it.
 UNSEEN = ("Cc", "Cs", "Zl", "Zp")
@@ -110,7 +110,9 @@ def choose(table: Mapping[str, type[N]], given: Any, also: str = "") -> N:
     for key in given.keys() - own.keys():
         others = [other for other, section in table.items() if key in section.model_fields]
         hint = f"it belongs to {', '.join(others)}" if others else ""
-        raise InputError(f"{name} has no parameter {brief(key)}; {hint or _did_you_mean(key, own)}")
+        raise InputError(
+            f"{name} has no parameter {shown(key, GIVEN)}; {hint or _did_you_mean(key, own)}"
+        )
     return table[name].model_validate_json(json.dumps(given))
 
 
@@ -151,20 +153,15 @@ def _unseen(given: Any, name: str = "") -> Iterator[str]:
     elif isinstance(given, str):
         hidden = [one for one in given if unicodedata.category(one) in UNSEEN or one in TURNING]
         if hidden:
-            yield f"{name}: {brief(given)} holds {hidden[0]!a}, which can't be shown"
+            yield f"{name}: '{shown(given, GIVEN)}' holds {hidden[0]!a}, which can't be shown"
         elif len(given) > LONGEST:
-            yield f"{name}: {brief(given)} has {len(given)} characters; use at most {LONGEST}"
-
-
-def brief(text: str) -> str:
-    """The text or its beginning, in ASCII where a screen would not show it."""
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+            text = shown(given, GIVEN)
+            yield f"{name}: {text} has {len(given)} characters; use at most {LONGEST}"
 
 
 def _explain(root: type[Section], finding: Any) -> str:
-    name = ".".join(brief(str(part)) for part in finding["loc"]) or "params"
-    text = brief(json.dumps(finding["input"], ensure_ascii=False))
+    name = ".".join(shown(part, GIVEN) for part in finding["loc"]) or "params"
+    text = shown(json.dumps(finding["input"], ensure_ascii=False), GIVEN)
     given = "" if isinstance(finding["input"], dict) else text
     match finding["type"]:
         case "extra_forbidden":

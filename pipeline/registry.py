@@ -11,8 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data.store import Array
 from pipeline.evaluation.report import png
-from pipeline.tracking.names import one_line
-from pipeline.tracking.store import TrackingParams, brief_requests, connect, find_run, store_uri
+from pipeline.tracking.store import (
+    TrackingParams,
+    brief_requests,
+    connect,
+    find_run,
+    reason,
+    store_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -67,7 +73,7 @@ def log_version(
         else:
             print(f"MLflow's {name} has version {number}, not its {ALIAS}: {described}")
     except Exception as error:
-        print(f"warning: MLflow has not taken the model: {one_line(error)}")
+        print(f"warning: MLflow has not taken the model: {reason(error)}")
 
 
 def best_tags(client: "MlflowClient", name: str) -> dict[str, str] | None:

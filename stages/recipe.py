@@ -9,7 +9,6 @@ goes from params.yaml and so has its default. In the other sections it sets what
 import argparse
 import json
 import signal
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
 from pipeline.comments import rewrite
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line, shown
 from pipeline.experiment import load_params
 from pipeline.params import flatten, nearest
 from pipeline.yaml12 import read_yaml
@@ -120,7 +119,7 @@ def rewritten(path: Path, values: dict[str, Any]) -> str:
     try:
         return rewrite(path, change)
     except YAMLError as error:
-        raise InputError(f"{path} can't be changed: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path} can't be changed: {one_line(error)}") from None
 
 
 def merge(section: Any, values: dict[str, Any], whole: str | None = None) -> None:
@@ -180,7 +179,7 @@ def report(name: str, recipe: Recipe, before: dict[str, Any], after: dict[str, A
 def _short(values: dict[str, Any], key: str) -> str:
     if key not in values:
         return "left out"
-    return textwrap.shorten(json.dumps(values[key], ensure_ascii=False), 40, placeholder=" ...")
+    return shown(json.dumps(values[key], ensure_ascii=False), 40)
 
 
 if __name__ == "__main__":

@@ -90,8 +90,9 @@ def sync(uri: str | None) -> None:
             print(f"run {spool.key}: {told} still wait in {spool.folder}: {reason(error)}")
     if failed:
         raise InputError(
-            "what is above could not be sent; try again, or name another "
-            "store by MLFLOW_TRACKING_URI"
+            "what is above could not be sent; try again. A password is kept nowhere: set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD again, or MLFLOW_TRACKING_URI, "
+            "which may also name another store"
         )
     if not spools:
         print("nothing waits: MLflow has all that was logged")

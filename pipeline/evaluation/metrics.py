@@ -18,6 +18,7 @@ from pipeline.data.store import Array
 
 Matrix = NDArray[np.int64]
 Scores = NDArray[np.float64]
+HistoryEntry = dict[str, Any]  # a point of all curves: {"iteration": i, <metric>: value, ...}
 
 EXACT = 2**24  # up to here fp32 holds every whole number
 

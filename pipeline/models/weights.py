@@ -19,10 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, shown
 from pipeline.models.eomt_names import from_eomt
 from pipeline.models.mmseg import from_mmseg
-from pipeline.params import brief
 
 OWN = {"model", "params"}  # by these a file is one of ours
 DESCRIPTION = "instep"  # the metadata of our safetensors: several keys would change their order
@@ -171,14 +170,19 @@ def require_whole(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
-            # torch.save compresses nothing; of what is, a few bytes could fill the memory.
+            # Of what is compressed a few bytes could fill the memory.
             compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
             altered = any(part.external_attr & FOLDER for part in parts)
-            altered = altered or compressed or archive.testzip() is not None
+            altered = altered or (not compressed and archive.testzip() is not None)
     except Exception as error:  # zipfile, too, has a kind for each way of being broken
         raise InputError(f"{path}: {UNSAFE}: it is cut off or broken ({error})") from None
     if altered:
         raise InputError(f"{path}: {UNSAFE}: {ALTERED}")
+    if compressed:
+        raise InputError(
+            f"{path}: {UNSAFE}: parts of it are compressed, and torch.save compresses nothing; of "
+            "a model of TorchScript, save the state_dict"
+        )
 
 
 def _read_pickle(path: Path) -> Any:
@@ -323,8 +327,8 @@ def network_of(content: dict[str, Any]) -> str:
     """Which network a checkpoint of ours says that it is; empty where it does not say."""
     model = content["params"].get("model", {})
     parts = [model.get(part) for part in ("head", "backbone")]
-    names = [part.get("name") for part in parts if isinstance(part, dict)]
-    return f"a {brief(str(names[0]))} on {brief(str(names[1]))}" if len(names) == 2 else ""
+    names = [shown(part.get("name"), 60) for part in parts if isinstance(part, dict)]
+    return f"a {names[0]} on {names[1]}" if len(names) == 2 else ""
 
 
 def classes_of(content: dict[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pipeline.data.store import Array, Split, spread
 from pipeline.data.transforms import resized
 from pipeline.disk import FORMAT
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 from pipeline.evaluation.inference import Predictor
 from pipeline.models.layers import resize
 from pipeline.precision import PRECISIONS, Normalization
@@ -145,11 +145,9 @@ def export_onnx(predictor: Predictor, about: dict[str, Any], head: str, path: Pa
                 verbose=False,
             )
         except Exception as error:  # of torch.export there are dozens of kinds
-            lines = filter(None, map(str.strip, str(error).splitlines()))
-            reason = f"{type(error).__name__}: {next(lines, '')}"
             raise InputError(
                 f"model.head.name {head} can't be exported to ONNX: its Python code must not "
-                f"depend on an image's size, and torch.export says: {reason}; "
+                f"depend on an image's size, and torch.export says: {one_line(error)}; "
                 "predict with the checkpoint instead (python -m stages.predict), or train a head "
                 "that exports: docs/serving.md lists them"
             ) from error

@@ -17,7 +17,7 @@ from pipeline.data.files import read_image, upright
 from pipeline.data.store import Array
 from pipeline.data.transforms import resized
 from pipeline.disk import check_format
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 from pipeline.evaluation.inference import Predictor
 from pipeline.evaluation.report import blend, write_mask
 from pipeline.models import ModelParams, build_model
@@ -278,8 +278,7 @@ def _device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (AssertionError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"there is no device {name!r} for torch here: {reason}") from None
+        raise InputError(f"there is no device {name!r} for torch here: {one_line(error)}") from None
     return torch.device(name)
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from pipeline.errors import counted
+from pipeline.errors import counted, one_line
 from pipeline.provenance import DVC_TAGS
-from pipeline.tracking.names import metric_name, one_line
+from pipeline.tracking.names import metric_name
 from pipeline.tracking.spool import (
     DAMAGED,
     Mark,

@@ -38,9 +38,3 @@ def metric_name(name: str) -> str:
         digest = hashlib.md5(name.encode("utf-8", "surrogatepass")).hexdigest()
         valid = f"{valid[: NAME_LENGTH - len(digest) - 2]}:{digest}:"
     return valid
-
-
-def one_line(error: Exception) -> str:
-    """An error's message in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -32,8 +32,8 @@ from typing import Any, NamedTuple, TypedDict
 
 from filelock import FileLock, Timeout
 
+from pipeline.errors import one_line
 from pipeline.params import main_checkout
-from pipeline.tracking.names import one_line
 
 log = logging.getLogger("instep")
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 from pipeline.params import Positive, Section, main_checkout
-from pipeline.tracking.names import one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -66,6 +65,17 @@ class TrackingParams(Section):
     log_interval: Positive
     log_model: bool = True
     registered_model: str | None = Field(min_length=1, default=None)
+
+    @field_validator("uri")
+    @classmethod
+    def _holds_no_password(cls, uri: str | None) -> str | None:
+        if uri is not None and uri != without_password(uri):
+            raise InputError(
+                "holds a user or password, which git and MLflow would keep with params.yaml; leave "
+                "them out here, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+                "for a database MLFLOW_TRACKING_URI"
+            )
+        return uri
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,7 @@ def _asked(params: TrackingParams, what: str) -> "Iterator[tuple[MlflowClient, s
             connected = connect(store_uri(params), params.experiment)
         yield connected
     except Exception as error:
-        raise InputError(f"MLflow can't be asked for {what}: {one_line(error)}") from None
+        raise InputError(f"MLflow can't be asked for {what}: {reason(error)}") from None
 
 
 def _artifact(client: "MlflowClient", run_id: str, path: Path) -> bytes | None:
@@ -259,12 +269,12 @@ def reason(error: Exception) -> str:
         if isinstance(link, requests.exceptions.ConnectionError):
             return "no connection"
         link = link.__cause__ or link.__context__
-    return one_line(error)
+    return without_password(one_line(error))
 
 
-def without_password(uri: str) -> str:
-    """The URI as it may be shown and kept."""
-    return re.sub(r"(?<=://)[^/@]*@", "", uri)
+def without_password(text: str) -> str:
+    """A URI, or a message with some, as it may be shown and kept: without user and password."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def _experiment(client: "MlflowClient", name: str) -> str:

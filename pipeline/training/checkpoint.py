@@ -12,7 +12,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from pipeline.disk import FORMAT, check_format, write_atomically
-from pipeline.errors import InputError
+from pipeline.errors import InputError, shown
 from pipeline.models.vit import ViT
 from pipeline.models.weights import (
     CHECKSUM,
@@ -213,7 +213,7 @@ def fill(model: nn.Module, weights: dict[str, Tensor], source: str, strict: bool
 
 def _listed(wrong: list[str]) -> str:
     """Lines for a message; of very many a few of each kind, and all of them in a file."""
-    lines = [f"  {line if line.isprintable() else ascii(line)}\n" for line in sorted(wrong)]
+    lines = [f"  {shown(line)}\n" for line in sorted(wrong)]
     if len(lines) > LISTED:
         path = main_checkout() / ".dvc" / "tmp" / "instep-weights.txt"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from pipeline.data.store import Array, Split, spread
 from pipeline.disk import FORMAT
 from pipeline.errors import InputError, Interrupted
 from pipeline.evaluation.inference import Predictor, evaluate, predictions
-from pipeline.evaluation.metrics import summarize
+from pipeline.evaluation.metrics import HistoryEntry, summarize
 from pipeline.interruption import Interruption
 from pipeline.monitor import FIRST
 from pipeline.params import flatten
@@ -28,7 +28,7 @@ from pipeline.training.optimization import Learner, learning_rate
 from pipeline.training.params import TrainParams
 from pipeline.training.reports import Reports
 from pipeline.training.speed import Stopwatch
-from pipeline.training.state import HistoryEntry, Means, Saved, State, Writer
+from pipeline.training.state import Means, Saved, State, Writer
 
 log = logging.getLogger("instep")
 

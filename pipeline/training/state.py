@@ -29,6 +29,7 @@ from pipeline.disk import (
 )
 from pipeline.errors import InputError
 from pipeline.evaluation.inference import EvaluationParams
+from pipeline.evaluation.metrics import HistoryEntry
 from pipeline.models import ModelParams
 from pipeline.models.weights import read_file, require_whole
 from pipeline.params import Section, main_checkout, plain
@@ -43,8 +44,6 @@ from pipeline.training.params import TrainParams
 from pipeline.yaml12 import read_yaml
 
 log = logging.getLogger("instep")
-
-HistoryEntry = dict[str, Any]  # of the history: {"iteration": i, <metric>: value, ...}
 
 KEPT_DAYS = 30  # for so long after its last checkpoint an unfinished training can be gone on with
 LOCK_PATIENCE = 30.0  # seconds: a killed training's last process may need a few to end

@@ -1,75 +1,29 @@
 """A real MLflow server on loopback, and a proxy before it that answers badly when told to."""
 
 import http.client
-import os
 import re
-import signal
-import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from tests.project import environment
+from tests.server import LocalServer, free_port
 
 
-def free_port() -> int:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return unused.getsockname()[1]
-
-
-class Server:
+class Server(LocalServer):
     """`mlflow server` with a SQLite file and a folder of artifacts below `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.database = folder / "server.db"
         self.artifacts = folder / "artifacts"
-        self.port = free_port()
-        self.process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    def start(self) -> None:
         command = [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
-            *("--port", str(self.port), "--workers", "1"),
+            *("mlflow", "server", "--workers", "1"),
             *("--backend-store-uri", f"sqlite:///{self.database}"),
             *("--artifacts-destination", str(self.artifacts)),
         ]
-        quiet = environment(
-            MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", MLFLOW_DISABLE_TELEMETRY="true"
-        )
-        self.process = subprocess.Popen(
-            command,
-            env=quiet,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + 240
-        while not self.answers():
-            assert time.monotonic() < deadline, "the server does not start"
-            assert self.process.poll() is None, "the server has ended"
-            time.sleep(0.2)
-
-    def answers(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except OSError:
-            return False
-        finally:
-            connection.close()
-
-    def kill(self) -> None:
-        assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        super().__init__(command, "/health", folder)
 
     def rows(self, sql: str, *values: object) -> list[tuple]:
         with sqlite3.connect(f"file:{self.database}?mode=ro", uri=True) as store:

@@ -128,6 +128,17 @@ def test_an_absurd_number_is_refused_by_name(name: str, value: object, rule: str
 
 
 @pytest.mark.parametrize(
+    "uri", ["http://me:secret@host:5000", "https://secret@host", "postgresql://me:se@cret@host/db"]
+)
+def test_a_password_in_the_store_s_address_is_refused_and_not_shown(uri: str, tmp_path: Path):
+    """Row 25: git and MLflow keep params.yaml."""
+    said = refusal(tmp_path, {"tracking.uri": uri})
+    assert "tracking.uri: holds a user or password" in said
+    assert "MLFLOW_TRACKING_PASSWORD" in said
+    assert "cret" not in said
+
+
+@pytest.mark.parametrize(
     ("changes", "rule"),
     [
         ({"head.name": "smp.Unett"}, "head.name 'smp.Unett' is unknown; did you mean smp.Unet?"),

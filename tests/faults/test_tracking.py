@@ -100,7 +100,7 @@ def undisturbed(server: Server, folder: Path) -> dict[str, object]:
     """What the server holds of a training that nothing has disturbed."""
     with pytest.MonkeyPatch.context() as context:
         context.setenv("DVC_ROOT", str(folder / "undisturbed"))
-        context.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.port}")
+        context.setenv("MLFLOW_TRACKING_URI", server.address)
         (folder / "undisturbed").mkdir()
         tracker = start("undisturbed", folder / "undisturbed")
         assert tracker.run_id is not None

@@ -1,6 +1,7 @@
 """Rows 22 and 23, and hostile files: at every door that takes weights, by what they hold."""
 
 import builtins
+import io
 import json
 import logging
 import pickle
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import nn
 
+from pipeline.disk import FORMAT
 from pipeline.errors import InputError
 from pipeline.models.backbones import BackboneParams, build_backbone
 from pipeline.models.weights import Unread, read_file
@@ -133,6 +135,15 @@ DOORS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+def zipped(parts: dict[str, bytes]) -> bytes:
+    """An archive in the form of torch.save."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, part in ({"version": b"3"} | parts).items():
+            archive.writestr(f"archive/{name}", part)
+    return content.getvalue()
+
+
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("zipped", [True, False])
 def test_no_door_runs_what_a_file_holds(door: str, zipped: bool, tmp_path: Path):
@@ -156,6 +167,8 @@ def test_no_door_runs_what_a_file_holds(door: str, zipped: bool, tmp_path: Path)
         b"[1, 2]",
         b'{"state_dict": None}',
         b"PK\x03\x04 no archive",
+        b"\x80\x02",  # torch raises an error without a text
+        zipped({"constants.pkl": b""}),  # for torch it is one of TorchScript
         pickle.dumps([1, 2]),
         pickle.dumps({"state_dict": None}),
         [1, 2],
@@ -206,6 +219,15 @@ def test_an_archive_that_torch_would_not_write_is_refused(legacy: bool, tmp_path
         read_file(path)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_a_model_of_torchscript_is_refused_with_the_way_to_use_it(tmp_path: Path):
+    """Row 22: nothing has altered it."""
+    path = tmp_path / "given.pt"
+    torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(path)
+    with pytest.raises(InputError, match=r"given\.pt: .* compressed, .* save the state_dict"):
+        read_file(path)
+
+
 @pytest.mark.parametrize(
     "described",
     [b"[", b"[[]]", b"[" * 100000, b'{"model": 1, "params": 2}', b"7"],
@@ -221,6 +243,16 @@ def test_a_description_of_another_form_is_refused(described: bytes, tmp_path: Pa
         load_model(path)
 
 
+def test_a_description_nested_too_deep_for_json_is_refused(tmp_path: Path):
+    """Others: of a pickle, which may nest as deep as it likes."""
+    path, depth = tmp_path / "given.pt", 10**5
+    content = {"model": {}, "params": {"train": {"lr": 77}}, "format": FORMAT}
+    deep = b"]" * depth + b"a" * (depth - 1)  # lists, each in the one before it
+    path.write_bytes(zipped({"data.pkl": pickle.dumps(content, protocol=2).replace(b"KM", deep)}))
+    with pytest.raises(InputError, match=r"given\.pt: its description can't be used"):
+        load_model(path)
+
+
 def test_whole_numbers_are_no_weights(tmp_path: Path):
     """Row 23: a flipped bit in a header makes other numbers of the same bytes."""
     weights = theirs(Tiny())
@@ -230,6 +262,9 @@ def test_whole_numbers_are_no_weights(tmp_path: Path):
         load_weights(Tiny(), saved(weights, tmp_path))
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+
+
 @pytest.mark.parametrize(
     "state",
     [
@@ -237,7 +272,10 @@ def test_whole_numbers_are_no_weights(tmp_path: Path):
         {"state": {}, "param_groups": [{"param_names": ["x"]}]},
         {"state": {0: None}, "param_groups": [{}]},
         {"state": {99999: {}}, "param_groups": [{}]},
-        {"state": {0: {"exp_avg": torch.zeros(1, 2)}}, "param_groups": [{}]},
+        {
+            "state": {0: {"step": torch.ones(())} | dict.fromkeys(MOMENTS, torch.zeros(1, 2))},
+            "param_groups": [{}],
+        },
     ],
 )
 def test_a_state_of_an_optimizer_of_another_network_is_refused(state: dict[str, Any]):

@@ -1,16 +1,9 @@
 """What MLflow's own pages show of our runs, looked at in Chromium on a real server."""
 
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import time
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +12,8 @@ import pytest
 from pipeline.tracking.store import TrackingParams
 from pipeline.tracking.tracker import open_evaluation_run, open_training_run
 from tests.browser import Browser
-from tests.project import REPOSITORY, environment, query
+from tests.project import REPOSITORY, query
+from tests.server import LocalServer
 
 PARAMS = TrackingParams(uri=None, experiment="instep", log_interval=5)
 DATA = ("feet", "0123456789abcdef0123456789abcdef.dir", "data/prepared")
@@ -83,42 +77,10 @@ def server(folder: Path) -> Iterator[str]:
         patch.setenv("DVC_ROOT", str(folder))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         fill(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     store = ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--workers", "1"]
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            ["mlflow", "ui", *store, "--host", "127.0.0.1", "--port", str(port)],
-            cwd=folder,
-            env=environment(
-                MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"
-            ),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 90
-        while not answers(address):
-            assert process.poll() is None, (folder / "server.log").read_text()
-            assert time.monotonic() < deadline, (folder / "server.log").read_text()
-            time.sleep(0.1)
-        yield address
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health") as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
+    made = LocalServer(["mlflow", "ui", *store], "/health", folder)
+    yield made.address
+    made.kill()
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,9 @@
 import base64
 import io
 import json
-import os
-import signal
-import socket
-import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +15,8 @@ from PIL import Image
 
 from pipeline import load_model
 from pipeline.prediction.export import METADATA, open_session
-from tests.project import dvc, environment, make_project, query, set_params
+from tests.project import dvc, make_project, query, set_params
+from tests.server import LocalServer
 
 WEIGHTS = "outputs/checkpoints/model.safetensors"
 
@@ -103,42 +98,13 @@ def test_a_version_tells_its_scores_and_where_it_comes_from(project: Path):
 @pytest.fixture(scope="module")
 def server(project: Path) -> Iterator[int]:
     """The port of a server of the best version, from a folder where nothing of ours lies."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     empty = project / "empty"
     empty.mkdir()
-    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}"}
     command = ["mlflow", "models", "serve", "-m", "models:/feet@best", "--env-manager", "local"]
-    with (project / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            cwd=empty,
-            env=environment(**store),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + 90
-        while not _answers(port):
-            assert process.poll() is None, (project / "server.log").read_text()
-            assert time.monotonic() < deadline, (project / "server.log").read_text()
-            time.sleep(0.1)
-        yield port
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping") as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
+    store = f"sqlite:///{project / 'mlflow.db'}"
+    made = LocalServer(command, "/ping", empty, MLFLOW_TRACKING_URI=store)
+    yield made.port
+    made.kill()
 
 
 def post(port: int, columns: list[str], rows: list[list[str | None]]) -> tuple[int, Any]:

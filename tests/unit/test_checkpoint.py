@@ -17,10 +17,11 @@ from torch import nn
 
 from pipeline import disk
 from pipeline.disk import FORMAT
+from pipeline.evaluation.metrics import HistoryEntry
 from pipeline.models.weights import read_file
 from pipeline.training import state as state_module
 from pipeline.training.checkpoint import Checkpoint, build_checkpoint, fill, load_checkpoint, save
-from pipeline.training.state import KEPT_DAYS, HistoryEntry, Means, Saved, State, Writer
+from pipeline.training.state import KEPT_DAYS, Means, Saved, State, Writer
 
 
 def trained(optimizer: type = torch.optim.AdamW) -> tuple[nn.Module, torch.optim.Optimizer]:

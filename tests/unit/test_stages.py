@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.data import audit, store
 from pipeline.disk import FORMAT
+from pipeline.errors import one_line, shown
 from stages import evaluate, prepare, train
 from tests.unit.pairs import photo
 from tests.unit.sections import document
@@ -100,3 +101,12 @@ def draw(root: Path, names: list[str]) -> None:
         Image.fromarray(np.array([[0, 1, 2], [2, 1, 0]], np.uint8)).save(
             root / f"targets/{name}.png"
         )
+
+
+def test_a_text_in_a_message_is_a_line_that_a_terminal_only_shows():
+    assert shown("b\u00e9\n\x1b[31m\ud800\u202e") == "b\u00e9\\n\\x1b[31m\\ud800\\u202e"
+    assert shown(5 * "x", longest=5) == "xxxxx"
+    assert shown(6 * "x", longest=5) == "xxxxx\u2026"
+    assert one_line(ValueError(" a\n  b\x1b ")) == "a b\\x1b"
+    assert one_line(KeyError()) == "KeyError"
+    assert one_line(ValueError(5000 * "x")) == 300 * "x" + "\u2026"

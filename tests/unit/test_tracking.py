@@ -21,7 +21,8 @@ from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 from mlflow.utils.validation import _validate_metric_name
 from PIL import Image
 
-from pipeline.tracking import delivery
+from pipeline.errors import InputError
+from pipeline.tracking import delivery, store
 from pipeline.tracking import tracker as tracking
 from pipeline.tracking.delivery import waiting_spools
 from pipeline.tracking.names import curve_of, metric_name
@@ -34,6 +35,7 @@ from pipeline.tracking.tracker import (
     open_training_run,
     tracked,
 )
+from stages.runs import sync
 from tests.project import REPOSITORY, environment
 
 PARAMS = TrackingParams(uri=None, experiment="tests", log_interval=1)
@@ -319,6 +321,32 @@ def test_what_a_store_refuses_for_a_while_arrives_once(
     assert ("who", "me") in rows(folder, "SELECT key, value FROM tags")
     assert rows(folder, "SELECT status FROM runs") == [("FINISHED",)]
     assert len(caplog.messages) == 2  # that it waits, and that it has arrived
+
+
+def test_a_password_is_neither_kept_nor_shown(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:se@cret@127.0.0.1:9")
+    start(folder).finish("FINISHED")
+    assert "MLflow at http://127.0.0.1:9 takes nothing" in caplog.text
+    wait_until(lambda: bool(waiting_spools("http://127.0.0.1:9")))
+    (spool,) = waiting_spools()
+    monkeypatch.setattr(store, "connect", fails)
+    monkeypatch.setattr(delivery, "connect", fails)
+    with pytest.raises(InputError, match="it does not answer") as caught:
+        find_runs(PARAMS)
+    with pytest.raises(InputError, match="A password is kept nowhere"):
+        sync("http://me:se@cret@127.0.0.1:9")
+    files = [path for path in spool.folder.rglob("*") if path.is_file()]
+    said = [caplog.text, str(caught.value), *capsys.readouterr()]
+    assert not [text for text in [*map(Path.read_text, files), *said] if "cret" in text]
+
+
+def fails(uri: str, *_: object) -> None:
+    raise OSError(f"{uri} is asked, and it does not answer")
 
 
 def test_what_waits_is_said_in_one_line(
