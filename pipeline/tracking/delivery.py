@@ -86,6 +86,7 @@ class Delivery:
         self._uri = uri
         self._stores: dict[tuple[str, str], tuple[MlflowClient, str]] = {}
         self._targets: dict[Path, Target] = {}
+        self._damaged: set[Path] = set()  # sessions of which that is said
 
     def send(self) -> bool:
         """Send the next records; says whether there were any.
@@ -122,17 +123,14 @@ class Delivery:
         batch = list(_batch(session, mark))
         if not batch:
             return False
-        start = session.start
-        if start is None:
-            log.warning("%s is damaged at its start: MLflow can't be told of it", session.path)
-            session.set_aside()
+        if (start := self._start(session)) is None:
             return True
         if (target := self._target(session, start)) is None:
             return True  # all sessions are to be told anew
         words = [record for record in batch if record.kind not in (DAMAGED, "file")]
         numbers = [record.number for record in batch if record.kind != DAMAGED]
         if [*range(mark.number, mark.number + len(batch))] != numbers:
-            log.warning("%s is damaged: MLflow is not told all that it held", session.path)
+            self._say_damaged(session)
         if words:
             self._tell(start, target, words)
         end = batch[-1].end
@@ -145,26 +143,48 @@ class Delivery:
 
     def _send_file(self, session: Session) -> bool:
         """Send a session's next file; says whether there was one."""
-        mark, start = session.mark, session.start
-        files = [record for record in session.pending() if record.kind == "file"]
-        if not files or start is None or (target := self._target(session, start)) is None:
+        mark = session.mark
+        files = [record for record in session.pending() if record.kind in ("file", DAMAGED)]
+        if not files:
             return False
+        if (start := self._start(session)) is None:
+            return True
+        if (target := self._target(session, start)) is None:
+            return True  # all sessions are to be told anew
         record = files[0]
-        client, _ = self._store(start)
-        content = record.content
-        kept = session.files / content["file"]
-        if undamaged(kept, content["crc"]):
-            try:
-                _log_file(client, target.run_id, kept, content)
-            except Exception as error:
-                if not _refused(client, target.run_id, error):
-                    raise
-                log.warning("MLflow refuses %s for good: %s", content["name"], one_line(error))
+        if record.kind == "file":
+            self._tell_file(start, target, session, record)
         else:
-            log.warning("%s is damaged: MLflow does not get %s", kept, content["name"])
+            self._say_damaged(session)
         end = record.end if files[1:] else max(record.end, mark.position)
         session.set_mark(mark._replace(files=end))
         return True
+
+    def _tell_file(self, start: Start, target: Target, session: Session, record: Record) -> None:
+        client, _ = self._store(start)
+        content = record.content
+        kept = session.files / content["file"]
+        if not undamaged(kept, content["crc"]):
+            log.warning("%s is damaged: MLflow does not get %s", kept, content["name"])
+            return
+        try:
+            _log_file(client, target.run_id, kept, content)
+        except Exception as error:
+            if not _refused(client, target.run_id, error):
+                raise
+            log.warning("MLflow refuses %s for good: %s", content["name"], one_line(error))
+
+    def _start(self, session: Session) -> Start | None:
+        """What a session is about; one of which that can't be known is never sent."""
+        if (start := session.start) is None:
+            log.warning("%s is damaged at its start: MLflow can't be told of it", session.path)
+            session.set_aside()
+        return start
+
+    def _say_damaged(self, session: Session) -> None:
+        if session.path not in self._damaged:
+            log.warning("%s is damaged: MLflow is not told all that it held", session.path)
+        self._damaged.add(session.path)
 
     def _store(self, start: Start) -> "tuple[MlflowClient, str]":
         uri, experiment = self._uri or start["uri"], start["experiment"]

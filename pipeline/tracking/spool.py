@@ -257,10 +257,11 @@ class Session:
             yield Record(number, kind, content, end)
 
     def pending(self) -> Iterator[Record]:
-        """The records that MLflow has not taken."""
+        """The records that MLflow has not taken, and the damaged ones, which may be of a file."""
         mark = self.mark
         for record in self.records(min(mark.position, mark.files)):
-            if record.end > (mark.files if record.kind == "file" else mark.position):
+            words = record.kind not in ("file", DAMAGED)
+            if record.end > (mark.position if words else mark.files):
                 yield record
 
     def waiting(self) -> dict[str, int]:

@@ -391,6 +391,36 @@ def test_what_the_store_refuses_for_good_holds_up_nothing_else(
     assert sum("refuses" in line and "bad" in line for line in caplog.messages) == 8
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"), [("file", "is not told all that it held"), ("start", "can't be told of it")]
+)
+def test_a_line_that_is_damaged_while_a_file_waits_is_told_of(
+    kind: str,
+    told: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with monkeypatch.context() as away:
+        broken(away, "log_artifact")
+        tracker = start(folder)
+        (folder / "table.csv").touch()
+        tracker.log_artifacts([folder / "table.csv"], "")
+        tracker.finish("FINISHED")
+        wait_until(lambda: not any(s.live for spool in all_spools() for s in spool.sessions()))
+    (path,) = spools_folder().rglob("*.jsonl")
+    lines = path.read_bytes().splitlines(keepends=True)
+    kinds = [json.loads(line[9:])[1] for line in lines]
+    damaged = kinds.index(kind)
+    assert (kinds[0], kinds[-1]) == ("start", "end")
+    lines[damaged] = b"X" + lines[damaged][1:]
+    path.write_bytes(b"".join(lines))
+    caplog.clear()
+    sync(None)
+    assert told in caplog.text
+    assert not waiting_spools()
+
+
 def test_a_lost_spool_makes_no_point_twice(folder: Path) -> None:
     tracker = start(folder)
     history = [{"iteration": i, "train/loss": 1.0, "val/mean_iou": 0.5} for i in range(1, 5)]
