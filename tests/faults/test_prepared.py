@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pipeline.data import audit
 from pipeline.data.store import INDEX, SEAL, Index, Store
 from pipeline.errors import InputError
-from tests.project import SMALL, make_project, run, set_params
+from tests.project import SMALL, ended, make_project, set_params, stage
 from tests.unit.pairs import data_params, labels, photo, write
 
 
@@ -183,17 +183,16 @@ def test_prepare_writes_no_index_that_does_not_fit(whole: Path):
 def test_stages_refuse_a_flipped_shard_before_they_use_it(tmp_path: Path):
     """Row 13: an id of 77 in a target; neither train nor evaluate shows torch's IndexError."""
     project = make_project(tmp_path, {"train": 6, "val": 2, "test": 2}, **{"train.iterations": 1})
-    run(["python", "-m", "stages.prepare"], project)
-    run(["python", "-m", "stages.train"], project)
-    for split, stage in (("train", "train"), ("test", "evaluate")):
+    for name in ("prepare", "train"):
+        stage(project, name)
+    for split, name in (("train", "train"), ("test", "evaluate")):
         path = project / f"data/prepared/{split}-00000.bin"
         good = path.read_bytes()
         path.write_bytes(good[:-1] + bytes([77]))
-        set_params(project, {"train.seed": 1} if stage == "train" else {})
-        done = run(["python", "-m", f"stages.{stage}"], project, check=False)
-        assert done.returncode == 1
-        said = f"error: data/prepared/{path.name} is not as `prepare` wrote it: md5"
-        assert said in done.stdout
-        assert "Traceback" not in done.stdout
+        set_params(project, {"train.seed": 1} if name == "train" else {})
+        code, said = ended(project, name)
+        assert code == 1
+        assert f"error: data/prepared/{path.name} is not as `prepare` wrote it: md5" in said
+        assert "Traceback" not in said
         path.write_bytes(good)
         set_params(project, SMALL | {"train.iterations": 1})
