@@ -9,11 +9,15 @@
 - prepare: of 1,024 images of 683x512, beside decoding them and their targets by as many processes.
 - memory: the peak of a small training of 2,000 iterations and ten validations, and how many times
   that is what it was after the first.
+- tracking: steps of a small training beside an MLflow server that accepts and never answers, as a
+  share of those beside a store that works.
 - checkpoint: for how long saving PointRend R101 holds up the loop, and when it is written.
 """
 
 import os
 import re
+import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +40,7 @@ CASES = [
     *(Case(f"growth {records}", sides=OURS) for records in RECORDS),
     Case("prepare", threads=2, rounds=3, sides=OURS),
     Case("memory", threads=2, rounds=1, warm=False, sides=OURS),
+    Case("tracking", threads=2, warm=False, sides=OURS),
     Case("checkpoint", threads=2, sides=OURS),
 ]
 RECIPE, SIDE, BATCH, STEPS = "pspnet_r18-d8_512x1024_80k_cityscapes", 256, 2, 6
@@ -52,6 +57,7 @@ def ours(case: str) -> Round:
         "processes": processes,
         "prepare": preparing,
         "memory": memory,
+        "tracking": tracking,
         "checkpoint": checkpoint,
     }
     return measure[case]()
@@ -282,10 +288,34 @@ def memory() -> Round:
 
     def measure() -> tuple[Metrics, None]:
         assert place  # the folder lives as long as this function
-        said = project.stage(made, "train")
+        said = project.run([sys.executable, "-m", "stages.train"], made).stdout
         peaks = [float(one) for one in re.findall(r"memory_gib ([\d.]+)", said)]
         first, last = peaks[2], peaks[-1]  # of iteration 300, which a validation went before
         return {"GiB": last, "GiB after the first": first, "growth": last / first}, None
+
+    return measure
+
+
+def tracking() -> Round:
+    """The medians of 400 steps; the first 20, with the start in them, are left out."""
+    from tests import project
+
+    place = tempfile.TemporaryDirectory(prefix="instep-bench-")
+    changes = {"train.iterations": 400, "train.validate": False, "tracking.log_interval": 20}
+    made = project.make_project(Path(place.name), {"train": 8, "val": 2, "test": 2}, **changes)
+    project.stage(made, "prepare")
+    mute = socket.create_server(("127.0.0.1", 0))
+
+    def speed(**store: str) -> float:
+        subprocess.run(["rm", "-rf", made / ".dvc" / "tmp"], check=True)
+        said = project.run([sys.executable, "-m", "stages.train"], made, **store).stdout
+        speeds = re.findall(r"images_per_second ([\d.]+)", said)
+        return statistics.median(map(float, speeds[1:]))
+
+    def measure() -> tuple[Metrics, None]:
+        beside = speed(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{mute.getsockname()[1]}")
+        well = speed()
+        return {"mute, images/s": beside, "images/s": well, "share": beside / well}, None
 
     return measure
 

@@ -1,7 +1,6 @@
 """The GPU count changes the speed, not the experiment: real gloo processes, real stages."""
 
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from tests.project import (
     set_params,
     stage,
 )
+from tests.server import free_port
 
 CHANGES = {
     "train.precision": "fp64",
@@ -48,10 +48,8 @@ def set_up(project: Path, **changes: object) -> None:
 
 def ranks_of(project: Path, processes: int, module: str, *arguments: str) -> list[int]:
     """The exit codes of ranks, started by nothing that sets more than their environment."""
-    with socket.socket() as probe:  # a port that is free now
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    meeting = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    meeting = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    meeting["MASTER_PORT"] = str(free_port())
     ranks = [
         Forked(
             module,
