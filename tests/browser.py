@@ -71,7 +71,7 @@ class Browser:
 
     def __exit__(self, *_: object) -> None:
         self._ask("DELETE", "")
-        self._driver.terminate()
+        self._driver.kill()
         self._driver.wait()
         self._profile.cleanup()
 

@@ -8,6 +8,7 @@ import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 from tests.project import environment
 
@@ -31,6 +32,12 @@ class LocalServer:
         self._command = [*command, "--host", "127.0.0.1", "--port", str(self.port)]
         self._page, self._folder, self._extra = page, folder, extra
         self.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def start(self) -> None:
         quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}

@@ -30,9 +30,8 @@ DATA = ("feet", "md5", "data/prepared")
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    made = Server(folder)
-    yield made
-    made.kill()
+    with Server(folder) as made:
+        yield made
 
 
 @pytest.fixture

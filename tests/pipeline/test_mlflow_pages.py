@@ -78,9 +78,8 @@ def server(folder: Path) -> Iterator[str]:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         fill(folder)
     store = ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--workers", "1"]
-    made = LocalServer(["mlflow", "ui", *store], "/health", folder)
-    yield made.address
-    made.kill()
+    with LocalServer(["mlflow", "ui", *store], "/health", folder) as made:
+        yield made.address
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from PIL import Image
 
 from pipeline import load_model
 from pipeline.prediction.export import METADATA, open_session
+from tests.browser import Browser
 from tests.project import dvc, make_project, query, set_params
 from tests.server import LocalServer
 
@@ -95,6 +96,24 @@ def test_a_version_tells_its_scores_and_where_it_comes_from(project: Path):
     assert named == {"mlflow", "numpy", "onnxruntime", "opencv-python", "pillow"}
 
 
+def test_the_pages_of_the_registered_model_name_the_best_version(project: Path):
+    tags = versions(project)[1]
+    described = f"mean IoU {tags['mean_iou']} on test, with other images "
+    store = f"sqlite:///{project / 'mlflow.db'}"
+    command = ["mlflow", "ui", "--backend-store-uri", store]
+    with LocalServer(command, "/health", project) as ui, Browser() as browser:
+        for page, shown in (
+            ("models/feet", ["Version 1", "@ best", "mean_iou", described]),
+            ("models/feet/versions/1", ["feet", "@ best", described, *tags.values()]),
+        ):
+            browser.visit(f"{ui.address}/#/{page}", 1500, 1200)
+            there = f"{json.dumps(shown)}.every((one) => text.includes(one))"
+            browser.wait(f"const text = document.body.innerText; return {there}")
+            Path(f"/tmp/{page.replace('/', '-')}.png").write_bytes(
+                base64.b64decode(browser._ask("GET", "/screenshot"))
+            )
+
+
 @pytest.fixture(scope="module")
 def server(project: Path) -> Iterator[int]:
     """The port of a server of the best version, from a folder where nothing of ours lies."""
@@ -102,9 +121,8 @@ def server(project: Path) -> Iterator[int]:
     empty.mkdir()
     command = ["mlflow", "models", "serve", "-m", "models:/feet@best", "--env-manager", "local"]
     store = f"sqlite:///{project / 'mlflow.db'}"
-    made = LocalServer(command, "/ping", empty, MLFLOW_TRACKING_URI=store)
-    yield made.port
-    made.kill()
+    with LocalServer(command, "/ping", empty, MLFLOW_TRACKING_URI=store) as made:
+        yield made.port
 
 
 def post(port: int, columns: list[str], rows: list[list[str | None]]) -> tuple[int, Any]:

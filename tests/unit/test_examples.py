@@ -13,7 +13,7 @@ import torch
 from ruamel.yaml import YAML
 
 from pipeline.params import flatten
-from tests.project import REPOSITORY, SMALL, make_project, run, set_params, stage
+from tests.project import REPOSITORY, SMALL, make_project, run, set_params
 from tests.unit.test_structure import FILES, IMPORTS
 
 PAGE = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -139,8 +139,9 @@ def test_all_examples_together_train(tmp_path: Path):
     for example in EXAMPLES:
         set_params(project, parameters(example))
 
-    assert "images: train 4, val 2, test 2" in stage(project, "prepare")
-    stage(project, "train")
+    python = [sys.executable, "-m"]  # of the project's code
+    assert "images: train 4, val 2, test 2" in run([*python, "stages.prepare"], project).stdout
+    run([*python, "stages.train"], project)
     with (project / "outputs/train.tsv").open(newline="") as file:
         points = list(csv.DictReader(file, delimiter="\t"))
     assert len(points) == SMALL["train.iterations"]
