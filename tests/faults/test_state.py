@@ -92,7 +92,7 @@ def test_a_kill_while_a_state_is_written_leaves_the_last_one_or_this_one(state: 
     rng, context, stray = random.Random(0), multiprocessing.get_context("fork"), 0
     reached = 0
     for _ in range(KILLS):
-        done = context.Value("l", reached)
+        done = context.Value("l", reached, lock=False)  # a lock would be killed with its holder
         writer = context.Process(target=write_for_ever, args=(state, reached + 1, done))
         writer.start()
         while done.value == reached:
