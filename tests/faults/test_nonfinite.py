@@ -69,7 +69,7 @@ def test_a_step_may_be_left_out_as_if_it_had_not_been(project: Path) -> None:
     assert all(math.isfinite(loss) for loss in losses)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_step_that_is_left_out_changes_nothing(precision: str) -> None:
     learner = learner_of(setting(precision=precision, ema_decay=0.9))
     generator = torch.Generator().manual_seed(0)

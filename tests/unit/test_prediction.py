@@ -283,6 +283,7 @@ def test_a_file_of_another_tool_is_named_with_the_way_to_use_it(tmp_path: Path):
         load_model(tmp_path / "other.pth")
 
 
+@pytest.mark.slow
 def test_a_model_needs_neither_dvc_nor_mlflow_nor_a_project(file: Path, tmp_path: Path):
     Image.fromarray(photo(0)).save(tmp_path / "a.png")
     code = (

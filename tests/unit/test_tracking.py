@@ -280,6 +280,7 @@ def test_tables_that_another_process_creates_delay_the_start_by_so_much(
     assert points(folder) == {("val/mean_iou", 1): 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["get_experiment_by_name", "create_run", "get_run", "update_run", "search_runs"]
 )
@@ -323,6 +324,7 @@ def test_what_a_store_refuses_for_a_while_arrives_once(
     assert len(caplog.messages) == 2  # that it waits, and that it has arrived
 
 
+@pytest.mark.slow
 def test_a_password_is_neither_kept_nor_shown(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -349,6 +351,7 @@ def fails(uri: str, *_: object) -> None:
     raise OSError(f"{uri} is asked, and it does not answer")
 
 
+@pytest.mark.slow
 def test_what_waits_is_said_in_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -391,6 +394,7 @@ def test_what_the_store_refuses_for_good_holds_up_nothing_else(
     assert sum("refuses" in line and "bad" in line for line in caplog.messages) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "told"), [("file", "is not told all that it held"), ("start", "can't be told of it")]
 )
