@@ -8,8 +8,10 @@ import logging
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -26,6 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import INTERRUPTED, InputError, one_line
+from pipeline.interruption import SAID, said_of, say
 from pipeline.monitor import Monitor
 
 PATIENCE = 300.0  # seconds
@@ -147,11 +150,15 @@ def hand_over(module: str, processes: int, arguments: Sequence[str] = ()) -> boo
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     # torchrun hands signals on to its processes, but not this one.
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    said = Path(tempfile.mkdtemp(prefix="instep-")) / "said"
+    os.environ[SAID] = str(said)
     try:
         run.main([*options, "-m", module, *arguments])
-    except SignalException:  # the first process has said the rest
+    except SignalException as ended:
         for child in psutil.Process().children():  # left over by a second signal alone
             child.kill()
+        if not said.exists():  # the first process was done, or had not begun
+            say(said_of(ended.sigval))
         sys.exit(INTERRUPTED)
     except ChildFailedError as error:
         _, first = error.get_first_failure()
@@ -165,6 +172,8 @@ def hand_over(module: str, processes: int, arguments: Sequence[str] = ()) -> boo
         if killed:
             sys.exit(f"{'; '.join(killed)}; the same command does what is left")
         sys.exit(first.exitcode)
+    finally:
+        shutil.rmtree(said.parent, ignore_errors=True)
     return True
 
 
@@ -214,16 +223,20 @@ def process_group(device: str, patience: float = PATIENCE) -> Iterator[torch.dev
     limit = timedelta(seconds=BACKEND_PATIENCE * patience)
     backend = "nccl" if use_cuda else "gloo"
     dist.init_process_group(backend, timeout=limit, device_id=own if use_cuda else None)
+    well = False
     try:
         with _monitored(patience):
             yield own
+        well = True
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         text = re.sub(r"\A\[\S+\] ", "", one_line(error))
         sys.exit(f"rank {rank()} has lost another process: {text}")
     finally:
-        dist.destroy_process_group()
+        # Where one rank alone has an error, NCCL would wait for the others, and they for this one.
+        if well or backend == "gloo":
+            dist.destroy_process_group()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from pipeline.errors import INTERRUPTED, Interrupted
@@ -18,6 +19,7 @@ from pipeline.errors import INTERRUPTED, Interrupted
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PATIENCE = 20.0  # seconds that the work may go on after a signal: schedulers send SIGKILL after 30
 DONE = b"\0"  # no signal has this number
+SAID = "INSTEP_SAID"  # what names the file by which a launcher knows that a rank has said its end
 
 
 class Interruption:
@@ -36,7 +38,7 @@ class Interruption:
         self._immediate = True
         try:
             if self.asked is not None:
-                raise Interrupted(_said(self.asked))
+                raise Interrupted(said_of(self.asked))
             yield
         finally:
             self._immediate = False
@@ -45,7 +47,7 @@ class Interruption:
         """The handler of all signals."""
         self.asked = self.asked or signal.Signals(number)
         if self._immediate:
-            raise Interrupted(_said(number))
+            raise Interrupted(said_of(number))
 
 
 def end_by_signals() -> None:
@@ -67,21 +69,29 @@ def ignore_signals() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    say(_said(number))
+    say(said_of(number))
     os._exit(INTERRUPTED)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(_said(number))
+    raise Interrupted(said_of(number))
 
 
 def say(text: str) -> None:
     """Put a line on the screen; of several ranks the first does."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
+        remember_said()
 
 
-def _said(number: int) -> str:
+def remember_said() -> None:
+    """How this process ends is on the screen: whoever has launched it need not say it."""
+    if path := os.environ.get(SAID):
+        Path(path).touch()
+
+
+def said_of(number: int) -> str:
+    """The line for a signal that has ended a process."""
     return f"ended by {signal.Signals(number).name}; the same command does what is left"
 
 
@@ -135,7 +145,7 @@ def finishing(late: Callable[[signal.Signals], None]) -> Iterator[Interruption]:
         os.close(reader)
         os.close(writer)
     if interruption.asked is not None:  # all was done; whoever has sent it is to know that it came
-        raise Interrupted(_said(interruption.asked))
+        raise Interrupted(said_of(interruption.asked))
 
 
 def _signal(reader: int) -> signal.Signals | None:

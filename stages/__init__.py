@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.disk import UNWRITABLE, unwritable
-from pipeline.errors import INTERRUPTED, InputError, Interrupted, shown
+from pipeline.errors import INTERRUPTED, InputError, Interrupted, one_line, shown
 from pipeline.interruption import end_by_signals, ignore_signals, raise_by_signals, say
 
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # of a broken file we say it, with its name
@@ -67,6 +67,14 @@ def run_main(main: Callable[[], None]) -> None:
         if not ended.told:
             say(str(ended))
         sys.exit(INTERRUPTED)
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        sys.exit(
+            f"error: the device has too little memory: {one_line(error)}; of an evaluation, lower "
+            "evaluation.batch_size, or set evaluation.mode: slide and a smaller evaluation.crop"
+        )
     except OSError as error:
         path = error.filename2 or error.filename
         if error.errno in UNWRITABLE:

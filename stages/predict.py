@@ -102,6 +102,7 @@ def run(options: argparse.Namespace, weights: Path, device: torch.device) -> Non
     distributed.barrier()  # until all have read what is done, and nothing more is
     model = load_model(weights, str(device), scales=options.scales, flip=options.flip)
     problems = predict_files(model, todo, folder, options.batch_size)
+    distributed.at("the gathering of what has failed")
     problems = [*chain(*distributed.gather_objects(problems))]
     if distributed.rank() != 0:
         return

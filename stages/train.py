@@ -22,7 +22,7 @@ from pipeline.disk import FORMAT, MODEL, write_json
 from pipeline.errors import InputError
 from pipeline.evaluation.inference import Predictor
 from pipeline.experiment import Params, load_params
-from pipeline.interruption import finishing
+from pipeline.interruption import finishing, remember_said
 from pipeline.models import ModelParams, build_model
 from pipeline.models.network import Labels
 from pipeline.models.weights import averaged
@@ -166,6 +166,8 @@ def end_late(tracker: Tracker, asked: signal.Signals) -> None:
     """A signal has come, and the step or what it waits for has not ended in time."""
     said = f"ended by {asked.name}, in the middle of what takes too long"
     log.warning("%s; the same command goes on from the last checkpoint", said)
+    if distributed.rank() == 0:
+        remember_said()
     tracker.finish("KILLED", said)
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,15 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
     shards = []
     context = get_context("spawn")  # a fork copies OpenCV's threads in the middle of their work
     with ProcessPoolExecutor(os.cpu_count(), context) as pool:
-        for shard in pool.map(pack, *zip(*jobs, strict=True)) if jobs else ():
-            shards.append(shard)
-            progress(sum(len(one.entries) for one in shards), total)
+        try:
+            for shard in pool.map(pack, *zip(*jobs, strict=True)) if jobs else ():
+                shards.append(shard)
+                progress(sum(len(one.entries) for one in shards), total)
+        except BaseException:  # else what is being packed, a minute of it, would be waited for
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()
+            raise
 
     problems += [problem for shard in shards for problem in shard.problems]
     problems += _shared_images(folder, shards)

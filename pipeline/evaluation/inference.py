@@ -308,6 +308,7 @@ def evaluate_images(
                 index, target, prediction, num_classes=num_classes, ignore_index=ignore_index
             )
             found.append(areas)
+    distributed.at("the gathering of all images' areas")
     return [one for part in distributed.gather_objects(found) for one in part]
 
 

@@ -226,6 +226,7 @@ class Session:
     def set_aside(self) -> None:
         """Never send it: it can't be known what it is about."""
         self.path.rename(self.path.with_suffix(".damaged"))
+        self.rewind()  # the next session may get its number
 
     @property
     def start(self) -> Start | None:

@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,8 @@ class MlflowTracker(Tracker):
                 continue
             if ended:
                 self._writer.close()
-                self._spool.forget_sent()
+                with suppress(OSError):  # then it is forgotten later
+                    self._spool.forget_sent()
                 self._done.set()
                 return pause
             self._news.wait()

@@ -17,10 +17,10 @@ from pipeline import distributed
 from pipeline.data.loader import RankBatches, Samples, build_loader
 from pipeline.data.store import Array, Split, spread
 from pipeline.disk import FORMAT
-from pipeline.errors import InputError, Interrupted
+from pipeline.errors import InputError, Interrupted, one_line
 from pipeline.evaluation.inference import Predictor, evaluate, predictions
 from pipeline.evaluation.metrics import HistoryEntry, summarize
-from pipeline.interruption import Interruption
+from pipeline.interruption import Interruption, remember_said
 from pipeline.monitor import FIRST
 from pipeline.params import flatten
 from pipeline.training.checkpoint import Best, Description, build_checkpoint, weights_md5
@@ -115,8 +115,8 @@ class Training:
         """Train, and leave the last checkpoint in `state`.
 
         Raises:
-            InputError: the loss or the gradient was not finite, or the device has too little memory
-                for a step.
+            InputError: the loss or the gradient was not finite, the device has too little memory
+                for a step, or a process that loads batches has ended.
             Interrupted: a signal has come; the state is that after the last iteration.
         """
         options, progress, until = self.options, self.progress, self.until
@@ -132,18 +132,29 @@ class Training:
             distributed.rank(),
             distributed.world_size(),
         )
+        try:
+            self._train(batches)
+        except RuntimeError as error:  # torch raises it from a handler of signals: anywhere
+            if "DataLoader worker" not in str(error):
+                raise
+            raise InputError(
+                f"a process that loads batches has ended ({one_line(error)}): where the system has "
+                "ended it, memory or /dev/shm was too small; set train.workers to less"
+            ) from None
+        if self._first and options.total == 0:  # the weights as they were loaded
+            self._save(improved=False)
+        self.writer.wait()
+        self._bar.close()
+
+    def _train(self, batches: RankBatches) -> None:
         pinned = self.learner.device.type == "cuda"
-        for batch in build_loader(self.samples, batches, options.workers, pinned):
+        for batch in build_loader(self.samples, batches, self.options.workers, pinned):
             self._watch.fetched()
             self._iterate(batch)
             if self._conclude():
                 break
             self._watch.waiting()
-            distributed.at(f"loading the batch of iteration {progress.iteration + 1}")
-        if self._first and options.total == 0:  # the weights as they were loaded
-            self._save(improved=False)
-        self.writer.wait()
-        self._bar.close()
+            distributed.at(f"loading the batch of iteration {self.progress.iteration + 1}")
 
     def _iterate(self, batch: Batch) -> None:
         """One step, and what all ranks have to say of the steps so far."""
@@ -286,6 +297,8 @@ class Training:
         )
         ended.told = True
         log.warning("%s", ended)
+        if self._first:
+            remember_said()
         raise ended
 
 

@@ -71,7 +71,7 @@ class Learner:
         return norm.isfinite() | self.scaler.is_enabled()
 
     def leave_out(self) -> None:
-        """Forget the gradients in place of a step."""
+        """Forget the gradients in place of a step; of fp16 the scale learns of it, as of any."""
         self.scaler.update()
         self.optimizer.zero_grad()
 
@@ -156,7 +156,12 @@ def build_optimizer(network: Network, params: TrainParams) -> torch.optim.Optimi
     """SGD with momentum, or AdamW (https://arxiv.org/abs/1711.05101)."""
     groups = parameter_groups(network, params)
     if params.optimizer == "sgd":
-        return torch.optim.SGD(groups, params.lr, momentum=params.momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, params.lr, momentum=params.momentum, fused=True)
+        if params.momentum:  # else a first step that overflows in fp16 leaves memory nobody wrote
+            for group in optimizer.param_groups:
+                for own in group["params"]:
+                    optimizer.state[own]["momentum_buffer"] = torch.zeros_like(own)
+        return optimizer
     return torch.optim.AdamW(groups, params.lr, betas=(params.momentum, 0.999), fused=True)
 
 

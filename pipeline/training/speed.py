@@ -45,11 +45,11 @@ class Stopwatch:
         waited = sum(_seconds(asked, there) for asked, there in self._waits)
         images = len(self._waits) * self._batch_size
         self._restart()
-        return {
+        speed = {
             "time/images_per_second": images / elapsed,
             "time/data_wait_share": waited / elapsed,
-            "time/memory_gib": _memory_gib(self._device),
         }
+        return (speed if images else {}) | {"time/memory_gib": _memory_gib(self._device)}
 
     def _restart(self) -> None:
         self._waits: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []

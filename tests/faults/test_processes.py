@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.monitor import Seen, blocking
 from tests.faults.stage import end_of, family, said, started, state_of, wait_for
-from tests.project import make_project, query, stage
+from tests.project import make_project, query, set_params, stage
 
 CHANGES = {
     "train.gpus": 2,
@@ -33,6 +33,20 @@ def test_a_rank_that_is_killed_is_named_and_all_end(project: Path) -> None:
     assert f"rank 0 (process {killed}) was ended by SIGKILL" in text.splitlines()[-1]
     assert "Traceback" not in text
     assert state_of(project)["checkpoint"]["iteration"] >= 2
+
+
+@pytest.mark.slow
+def test_a_loader_s_worker_that_is_killed_is_told_in_a_line(project: Path) -> None:
+    set_params(project, {"train.gpus": 1, "train.workers": 1})
+    with started(project) as process:
+        wait_for(project, process, r"iteration \d*[4-9] ")
+        (worker,) = family(process)
+        worker.kill()
+        assert end_of(process) == 1
+    (line,) = [line for line in said(project).splitlines() if line.startswith("error:")]
+    assert "set train.workers to less" in line
+    assert "Traceback" not in said(project)
+    set_params(project, CHANGES | {"train.workers": 0})
 
 
 @pytest.mark.slow

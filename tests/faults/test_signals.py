@@ -1,21 +1,25 @@
 """Row 5: SIGTERM, Ctrl-C or a scheduler's warning: the step is finished, the state is written."""
 
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from pipeline.data import audit
 from pipeline.disk import file_md5
 from pipeline.errors import Interrupted
-from pipeline.interruption import finishing
+from pipeline.interruption import finishing, raise_by_signals
 from tests.faults.stage import ENDED, end_of, said, started, state_of, wait_for
 from tests.pipeline.test_killed import FILES, curves
 from tests.project import REPOSITORY, environment, make_project, query, stage
+from tests.unit.pairs import data_params, labels, photo, write
 
 pytestmark = pytest.mark.slow
 
@@ -121,6 +125,37 @@ def test_a_step_that_hangs_ends_after_a_while(tmp_path: Path) -> None:
         assert end_of(process, 60) == 75
     assert "goes on from the last checkpoint" in said(project).splitlines()[-1]
     assert query(project, "SELECT status FROM runs") == [("KILLED",)]
+
+
+def test_a_signal_after_the_ranks_have_done_their_work_is_told_of(tmp_path: Path) -> None:
+    project = a_project(tmp_path, **{"train.gpus": 2, "train.iterations": 2})
+    with started(project, "tests.faults.worker", "slow_end") as process:
+        wait_for(project, process, r"calibrated on [^\n]*\nends")
+        process.send_signal(signal.SIGTERM)
+        assert end_of(process, 60) == 75
+    last = said(project).splitlines()[-1]
+    assert last == "ended by SIGTERM; the same command does what is left"
+
+
+def stuck(*_: object) -> None:
+    time.sleep(600)
+
+
+def test_prepare_waits_for_no_shard_that_is_being_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "train/0", photo(0), labels())
+    monkeypatch.setattr(audit, "_pack", stuck)
+    raise_by_signals()
+    threading.Timer(3, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        audit.prepare(data_params(tmp_path), tmp_path / "prepared", lambda done, total: None)
+    assert time.monotonic() - began < 10
+    packing = [one for one in multiprocessing.active_children() if "Spawn" in one.name]
+    for one in packing:
+        one.join(10)
+    assert not any(one.is_alive() for one in packing)
 
 
 @pytest.mark.parametrize("name", ["prepare", "evaluate"])

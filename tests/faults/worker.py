@@ -1,5 +1,6 @@
 """The train stage with a fault in it, of which `python -m tests.faults.worker FAULT` names one."""
 
+import atexit
 import os
 import signal
 import sys
@@ -70,10 +71,18 @@ def interrupted(validate):
     return validation
 
 
+def slow_end() -> None:
+    """After all is done and signals are ignored."""
+    print("ends", flush=True)
+    time.sleep(4)
+
+
 if __name__ == "__main__":
     fault = sys.argv[1]
     interruption.PATIENCE = float(os.environ.get("FAULT_PATIENCE", "20"))
-    if fault == "interrupted_validation":
+    if fault == "slow_end":
+        atexit.register(slow_end)
+    elif fault == "interrupted_validation":
         loop.validate = interrupted(loop.validate)
     else:
         faults = {"hang": hang, "poison": poison, "oom": fill_the_device}

@@ -131,6 +131,17 @@ def test_a_training_that_is_taken_up_again_ends_in_the_same_bytes(
 
 
 @pytest.mark.slow
+def test_a_first_step_that_overflows_in_fp16_leaves_no_momentum():
+    given = setting(precision="fp16")
+    learner = learner_of(given)
+    learner.scaler.load_state_dict(learner.scaler.state_dict() | {"scale": 2.0**100})
+    before = weights(learner.network)
+    step(given, learner, 0)
+    assert all(torch.equal(before[name], value) for name, value in weights(learner.network).items())
+    states = learner.optimizer.state_dict()["state"].values()
+    assert all(not state["momentum_buffer"].any() for state in states)
+
+
 def test_fp16_learns_by_a_scaled_loss_and_leaves_out_a_step_that_overflows():
     given, single = setting(precision="fp16"), setting()
     learner, other = learner_of(given), learner_of(single)
