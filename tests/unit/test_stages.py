@@ -7,14 +7,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.data import audit, store
 from pipeline.disk import FORMAT
 from pipeline.errors import one_line, shown
-from stages import evaluate, prepare, train
+from stages import evaluate, prepare, run_main, train
 from tests.unit.pairs import photo
 from tests.unit.sections import document
+
+
+def test_a_device_without_memory_for_an_evaluation_is_told_what_may_fit() -> None:
+    def main() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    assert str(ended.value).startswith("error: the device has too little memory: CUDA out of mem")
+    assert "lower evaluation.batch_size" in str(ended.value)
+    assert "\n" not in str(ended.value)
 
 
 def workspace(folder: Path, changes: dict[str, object], images: dict[str, int]) -> None:
