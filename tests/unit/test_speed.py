@@ -22,9 +22,7 @@ def test_on_the_cpu_the_wait_for_data_is_that_of_the_program():
     assert figures["time/data_wait_share"] == pytest.approx(0.75, abs=0.15)
     assert figures["time/images_per_second"] == pytest.approx(100, rel=0.4)
     assert 0 < figures["time/memory_gib"] < 24
-    assert watch.read().keys() == {
-        "time/memory_gib"
-    }  # as after a validation that is caught up with
+    assert watch.read().keys() == {"time/memory_gib"}  # without a step there is no speed
 
 
 class Gpu:
