@@ -313,6 +313,7 @@ def tracking() -> Round:
         return statistics.median(map(float, speeds[1:]))
 
     def measure() -> tuple[Metrics, None]:
+        assert place  # the folder lives as long as this function
         beside = speed(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{mute.getsockname()[1]}")
         well = speed()
         return {"mute, images/s": beside, "images/s": well, "share": beside / well}, None
