@@ -79,15 +79,19 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 def say(text: str) -> None:
     """Put a line on the screen; of several ranks the first does."""
-    if os.environ.get("RANK", "0") == "0":
+    if _speaks():
         print(text, file=sys.stderr, flush=True)
         remember_said()
 
 
 def remember_said() -> None:
-    """How this process ends is on the screen: whoever has launched it need not say it."""
-    if path := os.environ.get(SAID):
+    """How this rank ends is on the screen, if it is the first: its launcher need not say it."""
+    if _speaks() and (path := os.environ.get(SAID)):
         Path(path).touch()
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def said_of(number: int) -> str:

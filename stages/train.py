@@ -166,8 +166,7 @@ def end_late(tracker: Tracker, asked: signal.Signals) -> None:
     """A signal has come, and the step or what it waits for has not ended in time."""
     said = f"ended by {asked.name}, in the middle of what takes too long"
     log.warning("%s; the same command goes on from the last checkpoint", said)
-    if distributed.rank() == 0:
-        remember_said()
+    remember_said()
     tracker.finish("KILLED", said)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline.errors import InputError, shown
 from pipeline.models.eomt_names import from_eomt
 from pipeline.models.mmseg import from_mmseg
+from pipeline.params import GIVEN
 
 OWN = {"model", "params"}  # by these a file is one of ours
 DESCRIPTION = "instep"  # the metadata of our safetensors: several keys would change their order
@@ -327,7 +328,7 @@ def network_of(content: dict[str, Any]) -> str:
     """Which network a checkpoint of ours says that it is; empty where it does not say."""
     model = content["params"].get("model", {})
     parts = [model.get(part) for part in ("head", "backbone")]
-    names = [shown(part.get("name"), 60) for part in parts if isinstance(part, dict)]
+    names = [shown(part.get("name"), GIVEN) for part in parts if isinstance(part, dict)]
     return f"a {names[0]} on {names[1]}" if len(names) == 2 else ""
 
 

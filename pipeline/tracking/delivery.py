@@ -8,6 +8,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -167,12 +168,8 @@ class Delivery:
         if not undamaged(kept, content["crc"]):
             log.warning("%s is damaged: MLflow does not get %s", kept, content["name"])
             return
-        try:
+        with _unless_refused(client, target.run_id, content["name"]):
             _log_file(client, target.run_id, kept, content)
-        except Exception as error:
-            if not _refused(client, target.run_id, error):
-                raise
-            log.warning("MLflow refuses %s for good: %s", content["name"], one_line(error))
 
     def _start(self, session: Session) -> Start | None:
         """What a session is about; one of which that can't be known is never sent."""
@@ -244,7 +241,7 @@ class Delivery:
 
         client, _ = self._store(start)
         kind, content = words[0].kind, words[0].content
-        try:
+        with _unless_refused(client, target.run_id, f"a {kind}"):
             match kind:
                 case "start":
                     self._describe(client, target, start)
@@ -257,10 +254,6 @@ class Delivery:
                     if content["reason"]:
                         _log_batch(client, target.run_id, [RunTag(ENDED_TAG, content["reason"])])
                     client.set_terminated(target.run_id, content["status"], content["time"])
-        except Exception as error:
-            if not _refused(client, target.run_id, error):
-                raise
-            log.warning("MLflow refuses a %s for good: %s", kind, one_line(error))
 
     def _describe(self, client: "MlflowClient", target: Target, start: Start) -> None:
         """Say what the run is about, and that it goes on where an attempt before has ended it.
@@ -412,6 +405,17 @@ def _log_batch(
         middle = len(entities) // 2
         for half in (entities[:middle], entities[middle:]):
             _log_batch(client, run_id, half)
+
+
+@contextmanager
+def _unless_refused(client: "MlflowClient", run_id: str, what: str) -> Iterator[None]:
+    """Tell MLflow something; where it refuses that for good, a warning says so, and all goes on."""
+    try:
+        yield
+    except Exception as error:
+        if not _refused(client, run_id, error):
+            raise
+        log.warning("MLflow refuses %s for good: %s", what, one_line(error))
 
 
 def _refused(client: "MlflowClient", run_id: str, error: Exception) -> bool:

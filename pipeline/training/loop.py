@@ -297,8 +297,7 @@ class Training:
         )
         ended.told = True
         log.warning("%s", ended)
-        if self._first:
-            remember_said()
+        remember_said()
         raise ended
 
 
