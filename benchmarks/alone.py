@@ -187,7 +187,8 @@ def growth(records: int) -> Round:
     """An index of images, and their shards as holes, which opening does not read."""
     from benchmarks import ours
     from pipeline.data.loader import Samples
-    from pipeline.data.store import Entry, Index, Store, write_index
+    from pipeline.data.store import Index, Store, write_index
+    from pipeline.data.table import Entries, Entry
     from pipeline.disk import FORMAT
 
     place = tempfile.TemporaryDirectory(prefix="instep-bench-")
@@ -216,7 +217,8 @@ def growth(records: int) -> Round:
         pixels=[1] * 150,
         frequency=[0.1] * 150,
         shards=dict.fromkeys(lengths, ""),
-        splits={"train": entries[:-1], "val": entries[-1:], "test": []},
+        table=Entries.of(entries).write(folder),
+        splits={"train": records - 1, "val": 1, "test": 0},
     )
     write_index(folder, index)
     given = ours.params(RECIPE, {})

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.store import Array
+from pipeline.data.table import Array
 from pipeline.evaluation.report import png
 from pipeline.tracking.store import (
     TrackingParams,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.store import Array
+from pipeline.data.table import Array
 from pipeline.disk import MODEL, write_atomically
 from pipeline.errors import InputError
 from pipeline.evaluation.comparison import Result

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pipeline import distributed
-from pipeline.data.store import PREPARED, Array, Store
+from pipeline.data.store import PREPARED, Store
+from pipeline.data.table import Array
 from pipeline.disk import MODEL, write_json
 from pipeline.evaluation.baseline import colour_rule
 from pipeline.evaluation.inference import Predictor, evaluate_images

@@ -26,7 +26,7 @@ from pipeline.data.files import (
 )
 from pipeline.data.outlines import PARSERS, by_image, drawing_of, ids_of
 from pipeline.data.splits import SPLITS, SplitsParams, draw_splits, listed_splits
-from pipeline.data.store import Array
+from pipeline.data.table import Array
 from pipeline.errors import InputError
 from pipeline.params import Colour, Named, one_of
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pipeline.data.store import Array, Split
+from pipeline.data.store import Split
+from pipeline.data.table import Array
 from pipeline.data.transforms import AugmentationParams, augment
 from pipeline.errors import InputError
 from pipeline.interruption import SIGNALS
@@ -43,10 +44,7 @@ class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
         self.class_shares = class_shares
         self._epoch, self._order = -1, np.empty(0, np.int64)
         classes = range(0 if class_shares is None else len(class_shares))
-        self._holders = [
-            [index for index, entry in enumerate(split.entries) if one in entry.classes]
-            for one in classes
-        ]
+        self._holders = [split.entries.holding(one) for one in classes]
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng((self.seed, AUGMENTATION, number))
@@ -72,7 +70,7 @@ class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
         if self.class_shares is not None:
             rng = np.random.default_rng((self.seed, ORDER, number))
             holders = self._holders[rng.choice(len(self.class_shares), p=self.class_shares)]
-            return holders[rng.integers(len(holders))]
+            return int(holders[rng.integers(len(holders))])
         epoch, place = divmod(number, len(self.split))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._permutation(epoch)

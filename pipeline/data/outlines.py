@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from pipeline.data.store import Array
+from pipeline.data.table import Array
 from pipeline.errors import InputError
 
 Outline = list[float]  # x, y, x, y, ... in pixels, or in shares of width and height

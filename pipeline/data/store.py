@@ -1,8 +1,8 @@
-"""The prepared data set: packed uint8 shards, memory-mapped in training, beside one index.json.
+"""The prepared data set: packed uint8 shards, the table of their records, and index.json.
 
-A shard is the bytes of its records, one after another: image (H,W,3) RGB, then target (H,W). The
-index holds where each record lies and the md5 of each shard, so that the folder's own identity (the
-one DVC writes into dvc.lock) costs the md5 of one small file.
+A shard is the bytes of its records, one after another: image (H,W,3) RGB, then target (H,W). It is
+memory-mapped in training. The index has the md5 of shards and table, so that the folder's own
+identity (the one DVC writes into dvc.lock) costs the md5 of one small file.
 """
 
 import hashlib
@@ -10,18 +10,19 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from threading import Thread
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.data.table import RECORDS, TABLE, Array, Entries, Entry
 from pipeline.disk import check_format, file_md5, write_text
-from pipeline.errors import InputError, counted
-from pipeline.params import Colour, Grey, Positive
+from pipeline.errors import InputError, counted, one_line
+from pipeline.params import Colour, Grey
 
 PREPARED = Path("data/prepared")
 INDEX = "index.json"
@@ -29,28 +30,7 @@ SUMMARY = "summary.json"
 
 REBUILD = "run `dvc repro -f prepare`"
 
-Array = NDArray[np.uint8]
 Natural = Annotated[int, Field(ge=0)]
-
-
-class Entry(NamedTuple):
-    """Where a record lies: byte `offset` in `shard`, an image of `height` x `width` pixels.
-
-    Images of one `group` are no independent ones. `classes` are those that the target holds.
-    """
-
-    name: str
-    group: str
-    shard: str
-    offset: Natural
-    height: Positive
-    width: Positive
-    classes: Sequence[int] = ()
-
-    @property
-    def size(self) -> int:
-        """The bytes of a record."""
-        return 4 * self.height * self.width
 
 
 class Index(BaseModel):
@@ -58,8 +38,8 @@ class Index(BaseModel):
 
     `content` is the identity of the data set, whichever fold is val, and `fold` which one is, if
     there are folds; `exif` is data.exif. `pixels` and `frequency` are those of each class in train,
-    see `audit.prepare`; `shards` holds the md5 of each shard, `splits` the entries of each split,
-    as lists of their values.
+    see `audit.prepare`. `shards` and `table` hold the md5 of each file; the rows of the table are
+    those of train, of val and of test, as many as `splits` has.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -75,7 +55,8 @@ class Index(BaseModel):
     pixels: list[Natural]
     frequency: list[float]
     shards: dict[Annotated[str, Field(pattern=r"^[a-z]+-\d+\.bin$")], str]
-    splits: dict[str, list[Entry]]
+    table: dict[str, str]
+    splits: dict[str, Natural]
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
@@ -84,32 +65,17 @@ class Index(BaseModel):
             raise InputError("what it holds of its classes doesn't fit together")
         if self.splits.keys() != {"train", "val", "test"}:
             raise InputError("it must have the splits train, val and test")
-        ends = dict.fromkeys(self.shards, 0)
-        names = set()
-        for entry in chain(*self.splits.values()):
-            if entry.name in names:
-                raise InputError(f"image {entry.name!r} is there twice")
-            if not all(0 <= one < len(self.classes) for one in entry.classes):
-                raise InputError(f"image {entry.name!r} has classes that don't exist")
-            if ends.get(entry.shard) != entry.offset:
-                raise InputError(f"image {entry.name!r} is not where the one before it ends")
-            names.add(entry.name)
-            ends[entry.shard] += entry.size
+        if self.table.keys() != {*TABLE}:
+            raise InputError(f"its table must be {' and '.join(TABLE)}")
         return self
-
-    def sizes(self) -> dict[str, int]:
-        """The bytes of each shard."""
-        entries = chain(*self.splits.values())
-        ends = {entry.shard: entry.offset + entry.size for entry in entries}
-        return dict.fromkeys(self.shards, 0) | ends
 
 
 class Split:
     """The records of one split, in order, read from the shards."""
 
-    def __init__(self, folder: Path, entries: list[Entry]) -> None:
+    def __init__(self, folder: Path, entries: Sequence[Entry]) -> None:
         self.folder = folder
-        self.entries = entries
+        self.entries = entries if isinstance(entries, Entries) else Entries.of(entries)
         self._shards: dict[str, Array] = {}
 
     def __len__(self) -> int:
@@ -143,7 +109,8 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         index = _read_index(folder / INDEX)
-        for name, size in index.sizes().items():
+        entries, sizes = _read_table(folder, index)
+        for name, size in sizes.items():
             path = folder / name
             if not path.is_file():
                 raise InputError(f"{path} is missing; {REBUILD}")
@@ -156,7 +123,10 @@ class Store:
         self.pixels = index.pixels
         self.frequency = index.frequency
         self.shards = index.shards
-        self._splits = index.splits
+        self._table = index.table
+        counts = index.splits.values()
+        firsts = accumulate(counts, initial=0)
+        self._splits = dict(zip(index.splits, map(entries.part, firsts, counts)))
 
     def split(self, name: str) -> Split:
         """One of train, val and test; the last two may be empty."""
@@ -166,10 +136,8 @@ class Store:
         self, *splits: str, alive: Callable[[], None] = lambda: None
     ) -> "Verification":
         """Begin to compare the bytes of these splits' shards with the index."""
-        names = {entry.shard for split in splits for entry in self._splits[split]}
-        return Verification(
-            {self.folder / name: self.shards[name] for name in sorted(names)}, alive
-        )
+        names = chain.from_iterable(self._splits[split].used_shards() for split in splits)
+        return Verification({self.folder / name: self.shards[name] for name in names}, alive)
 
     def by_name(self) -> dict[str, tuple[Split, int]]:
         """Where each image lies: its split, and its index there."""
@@ -198,7 +166,7 @@ class Store:
     def md5(self) -> str:
         """The identity DVC gives the folder: md5 over the sorted list of its files' md5."""
         own = {name: file_md5(self.folder / name) for name in (INDEX, SUMMARY)}
-        files = sorted((self.shards | own).items())
+        files = sorted((self.shards | self._table | own).items())
         listed = [{"md5": md5, "relpath": name} for name, md5 in files]
         return hashlib.md5(json.dumps(listed).encode()).hexdigest() + ".dir"
 
@@ -280,6 +248,23 @@ def _read_index(path: Path) -> Index:
         raise _damaged(path, f"it can't be read as JSON ({error})") from None
     check_format(found if isinstance(found, dict) else {}, path, REBUILD)  # the likelier reason
     raise _damaged(path, reason)
+
+
+def _read_table(folder: Path, index: Index) -> tuple[Entries, dict[str, int]]:
+    """The records of a data set, and the bytes that each shard must have, see `Store`."""
+    for name, md5 in index.table.items():
+        if not (path := folder / name).is_file():
+            raise InputError(f"{path} is missing; {REBUILD}")
+        if (found := file_md5(path)) != md5:
+            raise _damaged(path, f"md5 {found} instead of {md5}")
+    try:
+        entries = Entries.mapped(folder, [*index.shards])
+        sizes = entries.check(len(index.classes))
+    except ValueError as error:  # an InputError, too
+        raise _damaged(folder / RECORDS, one_line(error)) from None
+    if len(entries) != sum(index.splits.values()):
+        raise _damaged(folder / RECORDS, f"{len(entries)} rows instead of those of {INDEX}")
+    return entries, sizes
 
 
 def _damaged(path: Path, reason: str) -> InputError:

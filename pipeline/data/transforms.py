@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from pipeline.data.store import Array
+from pipeline.data.table import Array
 from pipeline.errors import InputError
 from pipeline.params import Probability, Ratio, Section, Size
 

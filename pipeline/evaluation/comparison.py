@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pipeline.data.store import Array
+from pipeline.data.table import Array
 from pipeline.errors import InputError
 from pipeline.evaluation.metrics import Matrix, Scores, iou_of, mean_of
 from pipeline.evaluation.per_image import PerImage

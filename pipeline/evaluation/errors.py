@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.store import Array, Split
+from pipeline.data.store import Split
+from pipeline.data.table import Array
 from pipeline.evaluation.metrics import Matrix, boundary_width
 
 SIZES = ("small", "medium", "large")

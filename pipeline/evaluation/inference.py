@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipeline import distributed
-from pipeline.data.store import Array, Split, spread
+from pipeline.data.store import Split, spread
+from pipeline.data.table import Array
 from pipeline.data.transforms import resized
 from pipeline.errors import InputError
 from pipeline.evaluation.metrics import ImageAreas, Matrix, confusion_matrix, image_areas

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.store import Array
+from pipeline.data.table import Array
 
 Matrix = NDArray[np.int64]
 Scores = NDArray[np.float64]

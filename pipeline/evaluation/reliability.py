@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.store import Array
+from pipeline.data.table import Array
 from pipeline.disk import FORMAT
 from pipeline.evaluation.metrics import Matrix, Scores
 

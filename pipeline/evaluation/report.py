@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.data.store import Array, Split, Store, spread
+from pipeline.data.store import Split, Store, spread
+from pipeline.data.table import Array
 from pipeline.disk import write_table, writing
 from pipeline.evaluation.metrics import Matrix, confusion_matrix
 

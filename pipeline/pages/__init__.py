@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.data.store import Array
+from pipeline.data.table import Array
 from pipeline.evaluation.report import png
 
 FOLDER = Path(__file__).parent

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from pipeline.data.store import Array
+from pipeline.data.table import Array
 from pipeline.evaluation.report import blend, shrunk
 from pipeline.pages import embedded, render
 from pipeline.prediction.labels import Doubt

@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from pipeline.data.store import Array, Store
+from pipeline.data.store import Store
+from pipeline.data.table import Array
 from pipeline.evaluation.errors import confused, places
 from pipeline.evaluation.metrics import iou_of, mean_of
 from pipeline.evaluation.per_image import PerImage

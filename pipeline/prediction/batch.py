@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pipeline import distributed
 from pipeline.data.files import IMAGE_SUFFIXES, UNNAMED, is_utf8, read_image, stems, upright
-from pipeline.data.store import Array
+from pipeline.data.table import Array
 from pipeline.disk import FORMAT, write_atomically, write_json
 from pipeline.errors import InputError, shown
 from pipeline.evaluation.report import blend, png, shrunk, write_mask

@@ -20,7 +20,8 @@ import torch
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
-from pipeline.data.store import Array, Split, spread
+from pipeline.data.store import Split, spread
+from pipeline.data.table import Array
 from pipeline.data.transforms import resized
 from pipeline.disk import FORMAT
 from pipeline.errors import InputError, one_line

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.store import Array
+from pipeline.data.table import Array
 from pipeline.prediction.model import Model, Sink
 
 SOFTNESS = 0.1  # of the minimum over an image's pixels, as published

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.data.files import read_image, upright
-from pipeline.data.store import Array
+from pipeline.data.table import Array
 from pipeline.data.transforms import resized
 from pipeline.disk import check_format
 from pipeline.errors import InputError, one_line

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.data.store import Array
+from pipeline.data.table import Array
 from pipeline.errors import Interrupted, one_line
 from pipeline.evaluation.metrics import HistoryEntry
 from pipeline.evaluation.report import panel, png

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from pipeline import distributed
 from pipeline.data.loader import RankBatches, Samples, build_loader
-from pipeline.data.store import Array, Split, spread
+from pipeline.data.store import Split, spread
+from pipeline.data.table import Array
 from pipeline.disk import FORMAT
 from pipeline.errors import InputError, Interrupted, one_line
 from pipeline.evaluation.inference import Predictor, evaluate, predictions

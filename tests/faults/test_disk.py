@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from pipeline import disk
-from pipeline.data.store import Entry, Split
+from pipeline.data.store import Split
+from pipeline.data.table import Entry
 from pipeline.disk import amount, file_md5, write_atomically, write_json, write_table
 from pipeline.errors import InputError
 from pipeline.evaluation.report import Masks

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
 from pipeline.data import audit
-from pipeline.data.store import INDEX, SEAL, Index, Store
+from pipeline.data.store import INDEX, SEAL, Store
+from pipeline.data.table import NAMES, RECORDS, ROW, Array, Entries
+from pipeline.disk import file_md5
 from pipeline.errors import InputError
 from tests.project import SMALL, ended, make_project, set_params, stage
 from tests.unit.pairs import data_params, labels, photo, write
@@ -116,67 +117,132 @@ def test_every_changed_byte_of_an_index_is_found(prepared: Path):
             Store(prepared)
 
 
-def entry(place: int, value: Any) -> Callable[[dict[str, Any]], None]:
-    """Changes a value of the second image of train."""
+def seal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the index, and give it an md5 that fits."""
+    content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    del content["md5"]
+    change(content)
+    text = json.dumps(content)[:-1]
+    end = SEAL.format(hashlib.md5(text.encode()).hexdigest())
+    (folder / INDEX).write_text(text + end, encoding="utf-8")
 
-    def change(index: dict[str, Any]) -> None:
-        own = list(index["splits"]["train"][1])
-        own[place] = value
-        index["splits"]["train"][1] = own
 
-    return change
+def refused_when_opened(folder: Path) -> str:
+    """Why a data set can't be opened; checks that the file and the remedy are named."""
+    with pytest.raises(InputError) as caught:
+        Store(folder)
+    text = str(caught.value)
+    assert text.startswith(f"{folder}/")
+    assert text.endswith("; run `dvc repro -f prepare`")
+    return text
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (entry(0, "train/0"), "image 'train/0' is there twice"),
-        (entry(2, "train-00009.bin"), "is not where the one before it ends"),
-        (entry(2, "../../etc/passwd"), "is not where the one before it ends"),
-        (entry(3, 0), "is not where the one before it ends"),
-        (entry(3, -80), "greater than or equal to 0"),
-        (entry(3, 10**12), "is not where the one before it ends"),
-        (entry(3, "80"), "valid integer"),
-        (entry(4, 0), "greater than or equal to 1"),
-        (entry(5, 10**9), "bytes instead of"),
-        (entry(6, [77]), "classes that don't exist"),
-        (entry(6, [-1]), "classes that don't exist"),
         (lambda index: index["classes"].pop(), "classes doesn't fit together"),
         (lambda index: index["pixels"].append(1), "classes doesn't fit together"),
         (lambda index: index.update(ignore_index=1), "classes doesn't fit together"),
         (lambda index: index.update(frequency="many"), "valid array"),
         (lambda index: index.update(exif="perhaps"), "'apply' or 'ignore'"),
         (lambda index: index["splits"].pop("test"), "the splits train, val and test"),
+        (lambda index: index["splits"].update(train=3), "5 rows instead of those of index.json"),
+        (lambda index: index["splits"].update(train=-4), "greater than or equal to 0"),
+        (lambda index: index["table"].pop(NAMES), "must be records.table and names.txt"),
         (lambda index: index["shards"].update({"../x": ""}), "should match pattern"),
+        (lambda index: index["shards"].update({"val-00001.bin": ""}), "the order of the shards"),
+        (lambda index: index["shards"].pop("val-00000.bin"), "the order of the shards"),
         (lambda index: index.pop("content"), "Field required"),
         (lambda index: index.update(more=1), "Extra inputs"),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused_even_with_its_md5(
-    change: Callable[[dict[str, Any]], None], said: str, prepared: Path
+    change: Callable[[dict[str, Any]], object], said: str, prepared: Path
 ):
-    """Row 27: ids outside the classes, offsets outside the file, names twice, wrong types."""
-    content = json.loads((prepared / INDEX).read_text(encoding="utf-8"))
-    del content["md5"]
-    change(content)
-    text = json.dumps(content)[:-1]
-    seal = SEAL.format(hashlib.md5(text.encode()).hexdigest())
-    (prepared / INDEX).write_text(text + seal, encoding="utf-8")
-    with pytest.raises(InputError) as caught:
+    """Row 27: counts and names that don't fit each other, wrong types."""
+    seal(prepared, change)
+    assert said in refused_when_opened(prepared)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("shard", 9, "not in the order of the shards"),
+        ("shard", 1, "is not where the one before it ends"),
+        ("offset", 0, "is not where the one before it ends"),
+        ("offset", 10**12, "is not where the one before it ends"),
+        ("height", 0, "has no pixel, or too many"),
+        ("height", 2**32 - 1, "bytes instead of"),
+        ("width", 10**9, "bytes instead of"),
+        ("classes", 1, "classes that don't exist"),
+        ("name", 0, "are not one after another"),
+        ("name_size", 10**9, "are not one after another"),
+        ("group_size", 0, "are not one after another"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_refused_even_with_its_md5(
+    column: str, value: int, said: str, prepared: Path
+):
+    """Row 27: the second image of train has classes or a place that don't exist."""
+    rows = np.fromfile(prepared / RECORDS, ROW)
+    rows[column][1] = value
+    rows.tofile(prepared / RECORDS)
+    assert f"{RECORDS} is not as `prepare` wrote it: md5" in refused_when_opened(prepared)
+    md5 = file_md5(prepared / RECORDS)
+    seal(prepared, lambda index: index["table"].update({RECORDS: md5}))
+    assert said in refused_when_opened(prepared)
+
+
+def no_text(names: Array) -> Array:
+    names[3] = 0xFF
+    return names
+
+
+def half_a_letter(names: Array) -> Array:
+    """Two names share a letter of two bytes: the text is right, and neither name is."""
+    (end,) = np.flatnonzero(names == ord("1"))[1:2]  # of train/1, its group
+    names[end : end + 2] = np.frombuffer("é".encode(), np.uint8)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (no_text, "are no UTF-8"),
+        (half_a_letter, "are no UTF-8"),
+        (lambda names: names[:-1], "are not one after another"),
+        (lambda names: names[:0], "empty file"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused_even_with_their_md5(
+    change: Callable[[Array], Array], said: str, prepared: Path
+):
+    """Row 27."""
+    change(np.fromfile(prepared / NAMES, np.uint8)).tofile(prepared / NAMES)
+    assert f"{NAMES} is not as `prepare` wrote it: md5" in refused_when_opened(prepared)
+    md5 = file_md5(prepared / NAMES)
+    seal(prepared, lambda index: index["table"].update({NAMES: md5}))
+    assert said in refused_when_opened(prepared)
+
+
+@pytest.mark.parametrize("size", [0, 1, ROW.itemsize, -1])
+def test_a_table_of_another_length_is_refused_even_with_its_md5(size: int, prepared: Path):
+    """Row 27."""
+    path = prepared / RECORDS
+    path.write_bytes(path.read_bytes()[:size])
+    md5 = file_md5(path)
+    seal(prepared, lambda index: index["table"].update({RECORDS: md5}))
+    refused_when_opened(prepared)
+    path.unlink()
+    with pytest.raises(InputError, match=rf"{RECORDS} is missing; run"):
         Store(prepared)
-    assert said in str(caught.value)
-    assert str(caught.value).startswith(f"{prepared}/")
-    assert str(caught.value).endswith("; run `dvc repro -f prepare`")
 
 
-def test_prepare_writes_no_index_that_does_not_fit(whole: Path):
-    """What it can't read it doesn't write: an index is checked when it is made."""
-    content = json.loads((whole / INDEX).read_text(encoding="utf-8"))
-    del content["md5"]
-    Index.model_validate_json(json.dumps(content))
-    content["splits"]["val"].append(content["splits"]["val"][0])
-    with pytest.raises(ValidationError, match="is there twice"):
-        Index.model_validate_json(json.dumps(content))
+def test_prepare_writes_no_two_images_of_one_name(whole: Path, tmp_path: Path):
+    train = Store(whole).split("train").entries
+    with pytest.raises(InputError, match="image 'train/0' is there twice"):
+        Entries.of([*train, train[0]]).write(tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow

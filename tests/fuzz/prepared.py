@@ -1,4 +1,4 @@
-"""What `prepare` left: shards and index.json, also one with an md5 that fits."""
+"""What `prepare` left: shards, table and index, also with an md5 that fits."""
 
 import hashlib
 import json
@@ -14,6 +14,8 @@ from unittest import mock
 from pipeline.data import audit
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import INDEX, SEAL, Store
+from pipeline.data.table import TABLE
+from pipeline.disk import file_md5
 from tests.fuzz.door import RIGHT, forge, main, mutated
 from tests.unit.pairs import data_params, labels, photo, write
 
@@ -34,23 +36,37 @@ def make(root: Path) -> Path:
 
 def content(store: Store) -> Any:
     """All that a store says and holds."""
-    said = {name: value for name, value in vars(store).items() if name != "folder"}
+    said = {name: value for name, value in vars(store).items() if name not in ("folder", "_splits")}
     splits = [store.split(name) for name in SPLITS]
-    return said, [array.tobytes() for split in splits for record in split for array in record]
+    entries = [list(split.entries) for split in splits]
+    return said, entries, [array.tobytes() for split in splits for one in split for array in one]
+
+
+def seal(folder: Path, rng: Random) -> None:
+    """Forge the index or a file of the table, and make every md5 fit."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    del index["md5"]
+    forged = rng.choice((INDEX, *TABLE))
+    if forged == INDEX:
+        forge(index, rng)
+    else:
+        path = folder / forged
+        path.write_bytes(mutated(path.read_bytes(), rng))
+        index["table"][forged] = file_md5(path)
+    text = json.dumps(index)[:-1]
+    end = SEAL.format(hashlib.md5(text.encode()).hexdigest())
+    (folder / INDEX).write_text(text + end)
 
 
 def attempt(whole: Path, expected: Any, rng: Random, folder: Path) -> str:
     """Open and read a copy of the data set of which one file is mutated."""
     shutil.copytree(whole, folder, dirs_exist_ok=True)
-    path = rng.choice([rng.choice(sorted(folder.glob("*.bin"))), folder / INDEX, folder / INDEX])
-    forged = path.name == INDEX and rng.random() < 0.5
+    forged = rng.random() < 0.4
     if forged:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        del index["md5"]
-        forge(index, rng)
-        text = json.dumps(index)[:-1]
-        path.write_text(text + SEAL.format(hashlib.md5(text.encode()).hexdigest()))
+        seal(folder, rng)
     else:
+        shards = sorted(path.name for path in folder.glob("*.bin"))
+        path = folder / rng.choice((rng.choice(shards), INDEX, *TABLE))
         path.write_bytes(mutated(path.read_bytes(), rng))
     store = Store(folder)
     store.verification(*SPLITS).finish()
@@ -59,6 +75,7 @@ def attempt(whole: Path, expected: Any, rng: Random, folder: Path) -> str:
         return RIGHT
     for split in map(store.split, SPLITS):
         for (image, target), entry in zip(split, split.entries, strict=True):
+            assert all(one < len(store.classes) for one in entry.classes)
             assert image.shape == (entry.height, entry.width, 3)
             assert target.shape == (entry.height, entry.width)
     return FORGED

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.audit import prepare
+from pipeline.data.audit import id_counts, prepare
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import Store
 from tests.unit.pairs import MISSING_C, data_params, labels, photo, refusal, write
@@ -100,7 +100,7 @@ def test_a_good_data_set_is_packed_counted_and_summarized(tmp_path: Path):
     summary = (tmp_path / "prepared/summary.json").read_text(encoding="utf-8")
     counts = np.bincount(labels().ravel(), minlength=256)
     assert store.pixels == (2 * counts[:3]).tolist()
-    assert [entry.classes for entry in store.split("train").entries] == [[0, 1, 2], [0, 1, 2]]
+    assert [entry.classes for entry in store.split("train").entries] == [(0, 1, 2), (0, 1, 2)]
     for piece in (
         '"images": 2',
         f'"a": {2 * counts[0]}',
@@ -164,3 +164,12 @@ def test_a_subset_is_so_many_images_of_each_split_at_equal_distances(tmp_path: P
     assert names == {"train": ["train/0", "train/2", "train/4"], "val": ["val/only"], "test": []}
     assert told[-1] == (4, 4)
     assert any("train/9_broken" in line for line in refusal(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_the_pixels_of_each_id_are_counted(dtype: type[np.uint8 | np.uint16]):
+    ids = np.array([[3, 0, 3], [1, 3, 1]], dtype)
+    assert id_counts(ids).tolist() == [1, 2, 0, 3]
+    assert id_counts(ids[:, ::-1]).tolist() == [1, 2, 0, 3]
+    most = np.full((4097, 4097), 2, dtype)  # more than fp32 counts one by one
+    assert id_counts(most).tolist() == [0, 0, 4097**2]

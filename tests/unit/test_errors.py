@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.store import Array, Entry, Split
+from pipeline.data.store import Split
+from pipeline.data.table import Array, Entry
 from pipeline.evaluation.errors import Part, by_size, confused, near_boundary, places
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data.store import Entry, Split, spread
+from pipeline.data.store import Split, spread
+from pipeline.data.table import Entry
 from pipeline.data.transforms import resized
 from pipeline.evaluation import inference
 from pipeline.evaluation.inference import (

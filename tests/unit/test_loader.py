@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pipeline.data.loader import RankBatches, Samples, build_loader, rare_class_shares
-from pipeline.data.store import Entry, Split
+from pipeline.data.store import Split
+from pipeline.data.table import Entry
 from tests.unit.sections import params
 
 AUGMENTATION = {

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torchmetrics.functional import classification as tm
 
-from pipeline.data.store import Entry, Split
+from pipeline.data.store import Split
+from pipeline.data.table import Entry
 from pipeline.evaluation import metrics
 from pipeline.evaluation.baseline import colour_rule
 from pipeline.evaluation.metrics import (

@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from pipeline import load_model
-from pipeline.data.store import Entry, Split, spread
+from pipeline.data.store import Split, spread
+from pipeline.data.table import Entry
 from pipeline.evaluation.report import read_mask
 from pipeline.models.network import Network
 from pipeline.models.weights import classes_of, read_file, weights_of

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.store import Array, Entry, Split
+from pipeline.data.store import Split
+from pipeline.data.table import Array, Entry
 from pipeline.evaluation.metrics import image_areas, summarize
 from pipeline.evaluation.per_image import Origin, PerImage
 from pipeline.evaluation.reliability import Reliability, calibration_of

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from pipeline.data import audit, store
+from pipeline.data.table import Entries, Entry
 from pipeline.disk import FORMAT
 from pipeline.errors import one_line, shown
 from stages import evaluate, prepare, run_main, train
@@ -36,7 +37,7 @@ def workspace(folder: Path, changes: dict[str, object], images: dict[str, int]) 
     prepared.mkdir(parents=True)
     names = [f"{split}/{number}" for split in images for number in range(images[split])]
     entries = [
-        store.Entry(name, name, shard="train-0.bin", offset=4 * place, height=1, width=1)
+        Entry(name, name, shard="train-0.bin", offset=4 * place, height=1, width=1)
         for place, name in enumerate(names)
     ]
     (prepared / "train-0.bin").write_bytes(bytes(4 * len(entries)))
@@ -52,7 +53,8 @@ def workspace(folder: Path, changes: dict[str, object], images: dict[str, int]) 
         pixels=[1],
         frequency=[1.0],
         shards={"train-0.bin": ""},
-        splits={s: [one for one in entries if one.name.startswith(f"{s}/")] for s in images},
+        table=Entries.of(entries).write(prepared),
+        splits=images,
     )
     store.write_index(prepared, index)
 

@@ -59,7 +59,7 @@ def test_the_md5_is_that_of_dvc(folder: Path):
     with Repo.init(str(root), no_scm=True) as repo:
         repo.add(str(folder))
     (out,) = read_yaml(root / "prepared.dvc")["outs"]
-    assert out["nfiles"] == 6
+    assert out["nfiles"] == 8
     assert Store(folder).md5 == out["md5"]
     assert Store(folder).shards == {
         path.name: file_md5(path) for path in sorted(folder.glob("*.bin"))
