@@ -1,25 +1,22 @@
-"""The only module that talks to torch.distributed.
+"""What the processes of a stage tell each other, and what they compute together.
 
 Every helper is right with one process and no process group, on gloo and on nccl.
 """
 
 import ctypes
-import logging
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,8 +24,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.errors import INTERRUPTED, InputError, one_line
-from pipeline.interruption import SAID, said_of, say
+from pipeline.disk import file_md5, write_atomically
+from pipeline.errors import InputError, one_line
 from pipeline.monitor import Monitor
 
 PATIENCE = 300.0  # seconds
@@ -72,6 +69,35 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """The picklable value of one rank, for all."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, source)
+    return values[0]
+
+
+def share_files(paths: Sequence[Path]) -> None:
+    """Give every machine the files that the first rank names, as they are there.
+
+    A machine that has them, since it sees the same disk, gets nothing.
+    """
+    wanted = broadcast_object({path: file_md5(path) for path in paths})
+    alone = os.environ.get("LOCAL_RANK", "0") == "0"  # of its machine's ranks the one that writes
+    lacking = [p for p, md5 in wanted.items() if alone and not (p.is_file() and file_md5(p) == md5)]
+    everywhere = set().union(*gather_objects(lacking))
+    for path in (path for path in wanted if path in everywhere):
+        content = broadcast_object(path.read_bytes() if rank() == 0 else None)
+        if path in lacking:
+            write_atomically(path, partial(_write, content=content))
+        alive()
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    file.write(content)
 
 
 def at(what: str, allowance: float = 0.0) -> None:
@@ -127,54 +153,6 @@ def processes_here(device: str, asked: int) -> int:
     if device == "cpu" or not torch.cuda.is_available():
         return asked
     return min(asked, torch.cuda.device_count())
-
-
-def hand_over(module: str, processes: int, arguments: Sequence[str] = ()) -> bool:
-    """Start `python -m module arguments` in that many processes by torchrun, and wait for them.
-
-    False where this process is to do the work: it is the only one, or a launcher started it and
-    says so in WORLD_SIZE, as torchrun does and whoever starts ranks by hand.
-    """
-    if processes == 1 or "WORLD_SIZE" in os.environ:
-        return False
-    logging.disable()  # what torchrun says in pages, we say in a line
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    options = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]  # 0: a free port
-    options += ["--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, free_cores() // processes)))
-    # Else each process prints frames of C++ where the launcher is killed, and they end in order.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-    # torchrun hands signals on to its processes, but not this one.
-    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    said = Path(tempfile.mkdtemp(prefix="instep-")) / "said"
-    os.environ[SAID] = str(said)
-    try:
-        run.main([*options, "-m", module, *arguments])
-    except SignalException as ended:
-        for child in psutil.Process().children():  # left over by a second signal alone
-            child.kill()
-        if not said.exists():  # the first process was done, or had not begun
-            say(said_of(ended.sigval))
-        sys.exit(INTERRUPTED)
-    except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        killed = [
-            f"rank {one} (process {it.pid}) was ended by {it.signal_name()}"
-            for one, it in error.failures.items()  # those too that torchrun has ended after it
-            if it.exitcode < 0
-            and it.exitcode != -signal.SIGTERM
-            and it.timestamp <= first.timestamp + 1
-        ]
-        if killed:
-            sys.exit(f"{'; '.join(killed)}; the same command does what is left")
-        sys.exit(first.exitcode)
-    finally:
-        shutil.rmtree(said.parent, ignore_errors=True)
-    return True
 
 
 def free_cores() -> int:

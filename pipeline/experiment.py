@@ -5,17 +5,18 @@ stage checks the whole of params.yaml before it works.
 """
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from pydantic import model_validator
+from pydantic import SerializeAsAny, field_validator, model_validator
 
 from pipeline.data.params import DataParams
 from pipeline.data.transforms import AugmentationParams
 from pipeline.errors import InputError
 from pipeline.evaluation.comparison import GateParams
 from pipeline.evaluation.inference import EvaluationParams
+from pipeline.launchers import LAUNCHERS, LauncherParams
 from pipeline.models import ModelParams, head_of
-from pipeline.params import Section, one_of, read_section
+from pipeline.params import Section, choose, one_of, read_section
 from pipeline.tracking.store import TrackingParams
 from pipeline.training.params import TrainParams
 
@@ -29,7 +30,25 @@ class Params(Section):
     train: TrainParams
     evaluation: EvaluationParams
     tracking: TrackingParams
+    launcher: SerializeAsAny[LauncherParams]
     gate: GateParams | None
+
+    @field_validator("launcher", mode="before")
+    @classmethod
+    def _launcher_of_its_name(cls, given: Any) -> LauncherParams:
+        return choose(LAUNCHERS, given)
+
+    @model_validator(mode="after")
+    def _batch_is_divisible(self) -> Self:
+        nodes, gpus = self.launcher.meeting().nodes, self.train.gpus
+        share = nodes * gpus * self.train.accumulation
+        if nodes > 1 and self.train.batch_size % share:
+            raise InputError(
+                f"train.batch_size {self.train.batch_size} is the batch of all processes together; "
+                "it must be divisible by launcher.nodes x train.gpus x train.accumulation = "
+                f"{nodes} x {gpus} x {self.train.accumulation}; use a multiple of {share}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _every_class_has_a_weight(self) -> Self:

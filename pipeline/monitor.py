@@ -75,10 +75,13 @@ class Monitor:
         self.lost: Callable[[], object] = lambda: None  # called before the end, where it is said
         self._tell()
         self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
+        self._guard = threading.Thread(target=self._watch_the_watch, name="guard", daemon=True)
 
     def start(self) -> None:
         """Begin to watch: all have told something by now."""
+        self._talked = time.monotonic()
         self._thread.start()
+        self._guard.start()
 
     def at(self, what: str, allowance: float) -> None:
         """This process has come to a place that all come to, with so many seconds more for it."""
@@ -93,7 +96,7 @@ class Monitor:
         """It has done its part, and the others may go on without it; or it has failed."""
         self._done = done
         self._ended.set()
-        self._thread.join()
+        self._thread.join(GRACE)  # longer where the store can't be reached
 
     def _tell(self) -> None:
         now = time.monotonic()
@@ -124,6 +127,22 @@ class Monitor:
                 if not ended and (found := blocking(seen, self._patience)):
                     self._end_all(seen, found)
 
+    def _watch_the_watch(self) -> None:
+        """End this process where the store has been silent for too long: it has no time-out.
+
+        That is so where the way to the machine that keeps the store is cut.
+        """
+        while not self._ended.wait(BEAT):
+            silent = time.monotonic() - self._talked
+            if silent > self._patience + GRACE:
+                told = [json.loads(heard).get("host", "") for heard, _ in self._heard if heard]
+                others = sorted({*told} - {socket.gethostname()})
+                self._say(
+                    f"no other process has been heard of for {silent:.0f} s, and there are some on "
+                    f"{', '.join(others)}; train.timeout allows {self._patience:g} s"
+                )
+                os._exit(1)
+
     def _look(self) -> list[Seen]:
         now, seen = time.monotonic(), []
         for rank, told in enumerate(self._store.multi_get(self._keys)):
@@ -133,6 +152,7 @@ class Monitor:
             content = json.loads(told)
             del content["at"]
             seen.append(Seen(**content)._replace(silent=now - since))
+        self._talked = now
         return seen
 
     def _end_all(self, seen: Sequence[Seen], found: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ DVC_TAGS = {"dvc.exp_name": "DVC_EXP_NAME", "dvc.baseline_rev": "DVC_EXP_BASELIN
 PARAMS = "params.yaml"
 NAMED = 3  # changed parameters in a run's name
 # Sections whose parameters do not change a training's result, and parameters of others.
-SILENT = ("evaluation.", "tracking.", "gate")
+SILENT = ("evaluation.", "tracking.", "launcher.", "gate")
 MACHINE = {"train.gpus", "train.device", "train.workers", "train.timeout", "train.work_dir"}
 
 

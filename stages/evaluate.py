@@ -19,6 +19,7 @@ from pipeline.evaluation.reliability import CALIBRATION, Reliability, calibratio
 from pipeline.evaluation.report import Masks, choose, write_overlays, write_plots
 from pipeline.evaluation.uncertainty import intervals
 from pipeline.experiment import Params, load_params
+from pipeline.launchers.torchrun import hand_over
 from pipeline.params import flatten, plain
 from pipeline.prediction.calibration import calibrated
 from pipeline.prediction.model import build_predictor, describe, describe_file
@@ -44,7 +45,7 @@ def main() -> None:
     store.require_measured(params.evaluation.split)
     device = params.train.device
     processes = distributed.processes_here(device, params.train.gpus)  # any machine can evaluate
-    if not distributed.hand_over("stages.evaluate", processes):
+    if not hand_over("stages.evaluate", processes):
         with distributed.process_group(device, params.train.timeout) as own:
             run(params, store, own)
 
@@ -213,7 +214,7 @@ def record(
 ) -> None:
     """Add settings, scores and pictures to the MLflow run of this result."""
     sections = plain(params)
-    logged = {name: sections[name] for name in sections if name != "tracking"}
+    logged = {name: sections[name] for name in sections if name not in ("tracking", "launcher")}
     fingerprint = evaluation_fingerprint(params.evaluation, store.md5, identity["fingerprint"])
     tags = {
         "fingerprint": identity["fingerprint"],

@@ -12,6 +12,7 @@ from pipeline import distributed
 from pipeline.disk import file_md5
 from pipeline.errors import InputError, shown
 from pipeline.experiment import load_params
+from pipeline.launchers.torchrun import hand_over
 from pipeline.prediction.batch import Folder, find_photographs, predict_files
 from pipeline.prediction.model import load_model
 from pipeline.results import WORKSPACE, find_model
@@ -27,7 +28,7 @@ def main() -> None:
     arguments = [*sys.argv[1:], "--weights", str(weights)]  # the last one counts
     if "WORLD_SIZE" in os.environ:
         distributed.die_with_parent()  # who is torchrun; a shell may end before a command does
-    if distributed.hand_over("stages.predict", options.gpus, arguments):
+    if hand_over("stages.predict", options.gpus, arguments):
         return
     with distributed.process_group(options.device) as device:
         run(options, weights, device)

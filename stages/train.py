@@ -4,6 +4,7 @@ import argparse
 import logging
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from pipeline.errors import InputError
 from pipeline.evaluation.inference import Predictor
 from pipeline.experiment import Params, load_params
 from pipeline.interruption import finishing, remember_said
+from pipeline.launchers.torchrun import hand_over
 from pipeline.models import ModelParams, build_model
 from pipeline.models.network import Labels
 from pipeline.models.weights import averaged
@@ -44,6 +46,8 @@ from pipeline.training.loop import Intervals, Progress, Training
 from pipeline.training.optimization import Learner, build_learner
 from pipeline.training.state import (
     LogFile,
+    Packed,
+    Saved,
     State,
     Writer,
     result_params,
@@ -80,7 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     store.require_measured(params.evaluation.split)  # before the training, not after it
     start_files(params.train)
     distributed.check_devices(params.train.device, params.train.gpus)
-    if not distributed.hand_over("stages.train", params.train.gpus, given):
+    if not hand_over(
+        "stages.train",
+        params.train.gpus,
+        given,
+        meeting=params.launcher.meeting(),
+        patience=params.train.timeout,
+    ):
         with distributed.process_group(params.train.device, params.train.timeout) as device:
             run(params, store, device, until)
 
@@ -91,6 +101,7 @@ def run(params: Params, store: Store, device: torch.device, until: int | None) -
     verification = store.verification(*(("train", "val") if first else ()), alive=distributed.alive)
     code = training_code(result_of(params), options)
     state = state_of(params, store, code)
+    check_alike(state)
 
     with state.locked() if first else nullcontext():
         if first:
@@ -160,6 +171,15 @@ def run(params: Params, store: Store, device: torch.device, until: int | None) -
                         hashes=progress.hashes,
                         machine=distributed.machine(device),
                     )
+            if until is None and params.launcher.meeting().nodes > 1:
+                distributed.at("the outputs, which every machine gets")
+                distributed.share_files(outputs_in(Path(options.work_dir)) if first else [])
+
+
+def outputs_in(work_dir: Path) -> list[Path]:
+    """The files that DVC takes over."""
+    names = ("run.json", "train.log", "train.tsv", "val.tsv")
+    return [*sorted((work_dir / "checkpoints").iterdir()), *(work_dir / name for name in names)]
 
 
 def end_late(tracker: Tracker, asked: signal.Signals) -> None:
@@ -204,8 +224,7 @@ def begin_extension(params: Params, store: Store, state: State, code: str) -> No
 def starting_point(params: Params, state: State) -> tuple[Checkpoint | None, Progress]:
     """The checkpoint that the training goes on from, if there is one, and how far it was."""
     options = params.train
-    if state.exists:
-        saved = state.load()
+    if saved := newest(state):
         checkpoint = saved["checkpoint"]
         progress = Progress(
             checkpoint["iteration"],
@@ -237,6 +256,40 @@ def starting_point(params: Params, state: State) -> tuple[Checkpoint | None, Pro
         return None, Progress()
     log.info("continuing at iteration %d", checkpoint["iteration"])
     return checkpoint, progress
+
+
+def check_alike(state: State) -> None:
+    """Refuse machines that would not train the same.
+
+    Raises:
+        InputError: the parameters, the data or the code of one of them differ from the first's.
+    """
+    told = distributed.gather_objects((socket.gethostname(), state.fingerprint))
+    for number, (host, fingerprint) in enumerate(told):
+        if fingerprint != told[0][1]:
+            raise InputError(
+                f"rank {number} on {host} would do another training than rank 0 on {told[0][0]}: "
+                "params.yaml, data/prepared or the code differ; check out the same revision on "
+                "both, and run `dvc repro prepare` there"
+            )
+
+
+def newest(state: State) -> Saved | None:
+    """What the training goes on from, if there is something: the newest that any machine has.
+
+    The first rank's machine has it from now on.
+    """
+    saved = state.load() if state.exists and not state.finished else None
+    iterations = distributed.gather_objects(saved["checkpoint"]["iteration"] if saved else -1)
+    last = max(iterations)
+    if min(iterations) == last:
+        return saved
+    source = iterations.index(last)
+    mine = state.packed() if distributed.rank() == source else None
+    packed: Packed = distributed.broadcast_object(mine, source)
+    if distributed.rank() == 0 and source != 0:
+        state.adopt(packed)
+    return packed.saved
 
 
 def adopt_best(path: Path, checkpoint: Checkpoint, state: State) -> Best | None:

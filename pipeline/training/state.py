@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 from filelock import FileLock, Timeout
 
@@ -80,6 +80,14 @@ class Saved(TypedDict):
     hashes: dict[str, str]
     left_out: int
     unmeasured: bool
+
+
+class Packed(NamedTuple):
+    """A training's state, the best checkpoint until then, and the key of its MLflow run."""
+
+    saved: Saved
+    best: Checkpoint | None
+    run_key: str | None
 
 
 def result_params(
@@ -309,6 +317,20 @@ class State:
         if saved.get("format") == FORMAT and (best := self._best(saved["checkpoint"])):
             require_whole(best)
         return saved
+
+    def packed(self) -> Packed:
+        """All that another machine needs to go on with this training."""
+        saved = self.load()
+        best = self._best(saved["checkpoint"])
+        return Packed(saved, load_checkpoint(best) if best else None, self.run_key)
+
+    def adopt(self, packed: Packed) -> None:
+        """Keep what another machine has packed."""
+        if packed.best is not None:
+            self.save_best(packed.best)
+        self.save(packed.saved)
+        if packed.run_key is not None:
+            self.remember_run(packed.run_key)
 
     def write_outputs(self, work_dir: Path) -> None:
         """Write what DVC takes over: checkpoints/{last,best}.pt, train.tsv and val.tsv.

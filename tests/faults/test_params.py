@@ -211,7 +211,7 @@ def test_more_processes_than_gpus_are_refused_with_both_numbers(
 ):
     """Row 10: by the stage itself, before any process starts."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(distributed, "hand_over", lambda *_: pytest.fail("processes started"))
+    monkeypatch.setattr(train, "hand_over", lambda *_, **__: pytest.fail("processes started"))
     monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda: 0)
     changes = {"train.gpus": 8, "train.device": "cuda"}
     workspace(tmp_path, changes, {"train": 1, "val": 1, "test": 1})

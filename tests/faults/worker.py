@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from pipeline import distributed, interruption
+from pipeline import interruption
 from pipeline.training import loop
 from pipeline.training.loop import Step
 from stages import run_main, train
@@ -87,8 +87,8 @@ if __name__ == "__main__":
     else:
         faults = {"hang": hang, "poison": poison, "oom": fill_the_device}
         loop.train_step = faulty(faults[fault])
-    hand_over = distributed.hand_over
-    distributed.hand_over = lambda _, processes, given: hand_over(
-        "tests.faults.worker", processes, [fault]
+    hand_over = train.hand_over
+    train.hand_over = lambda _, processes, given, **others: hand_over(
+        "tests.faults.worker", processes, [fault], **others
     )
     run_main(lambda: train.main([]))

@@ -28,6 +28,7 @@ LEFT = {
     *(f"train.{name}" for name in ("seed", "deterministic")),
     "train.work_dir",
     "gate",
+    "launcher.name",
     *(
         f"tracking.{name}"
         for name in ("uri", "experiment", "log_interval", "log_model", "registered_model")

@@ -22,6 +22,7 @@ COMMANDS = {"compare", "labels", "predict", "recipe", "runs"}
 REPORTING = {"pipeline", "pipeline.training.speed", "pipeline.experiment", "stages"}
 REPORTING |= {"pipeline.errors", "pipeline.interruption", "pipeline.monitor"}
 REPORTING |= {"pipeline.provenance", "pipeline.registry"}
+REPORTING |= {module for module in FILES if module.startswith("pipeline.launchers")}
 REPORTING |= {module for module in FILES if module.startswith("pipeline.tracking.")}
 SERVED = "pipeline.serving"  # a file that MLflow takes along: nothing of ours imports it, nor it us
 LOWER = (
@@ -93,9 +94,9 @@ def test_the_lower_layers_know_nothing_of_the_upper_ones(module: str):
     assert uses(module, *upper) == set()
 
 
-def test_only_one_module_talks_to_torch_distributed():
+def test_two_modules_talk_to_torch_distributed():
     talking = {m for m in FILES if uses(m, "torch.distributed", "torch.nn.parallel")}
-    assert talking == {"pipeline.distributed"}
+    assert talking == {"pipeline.distributed", "pipeline.launchers.torchrun"}
 
 
 def test_few_modules_talk_to_mlflow():
@@ -185,6 +186,6 @@ def test_every_parameter_is_a_dependency_or_known_to_change_no_result():
     }
     assert declared <= sections, "dvc.yaml names a parameter that params.yaml lacks"
     covered = {name for name in names if any(f"{name}.".startswith(f"{one}.") for one in declared)}
-    neutral = NEUTRAL | {name for name in names if name.startswith("tracking.")}
+    neutral = NEUTRAL | {name for name in names if name.startswith(("tracking.", "launcher."))}
     assert names - covered == neutral
     assert "${train.work_dir}" in (REPOSITORY / "dvc.yaml").read_text(encoding="utf-8")
