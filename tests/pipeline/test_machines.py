@@ -55,11 +55,12 @@ def clones(
 
 
 def begin(
-    machines: tuple[Machine, Machine, Link], projects: tuple[Path, Path]
+    machines: Sequence[Machine | Link], projects: Sequence[Path]
 ) -> list[subprocess.Popen[bytes]]:
-    """Start the training on both; what each says goes to said.txt."""
+    """Start the training on machines; what each says goes to said.txt."""
     begun = []
-    for machine, project in zip(machines[:2], projects, strict=True):
+    for machine, project in zip(machines, projects, strict=False):
+        assert isinstance(machine, Machine)
         with (project / "said.txt").open("wb") as told:
             process = subprocess.Popen(
                 machine.command([sys.executable, "-m", "stages.train"]),
@@ -153,3 +154,18 @@ def test_machines_with_other_parameters_are_refused(
     assert 0 not in [one.wait(120) for one in begin(machines, projects)]
     told = said(projects[0]) + said(projects[1])
     assert f"rank 1 on {machines[1].name} would do another training than rank 0" in told
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_machine_that_stays_alone_ends_and_says_so(
+    place: int, prepared: Path, machines: tuple[Machine, Machine, Link], tmp_path: Path
+) -> None:
+    """That of the endpoint, and another one."""
+    project = clones(prepared, machines, tmp_path)[place]
+    set_params(project, {"train.timeout": 2})
+    (alone,) = begin([machines[place]], [project])
+    assert alone.wait(120) == 1
+    told = said(project).splitlines()[-1]
+    where = f"{machines[0].address}:29500"
+    assert told.startswith(f"error: launcher.nodes: 2, but they have not all met at {where} in 2 s")
+    assert told.endswith("; start the same command on each")
