@@ -20,7 +20,7 @@ from pipeline.errors import INTERRUPTED, InputError, one_line
 from pipeline.interruption import SAID, said_of, say
 from pipeline.launchers import ALONE, Meeting
 
-GRACE = 20.0  # seconds that torchrun has for its own end
+GRACE = 10.0  # seconds that torchrun has for its own end
 
 
 def hand_over(
