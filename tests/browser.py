@@ -25,7 +25,7 @@ FLAGS = [
 ]
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # what WebDriver calls an element in JSON
 KEYS = {"Right": "\ue014", "Left": "\ue012", "Home": "\ue011", "End": "\ue010", "Tab": "\ue004"}
-PATIENCE = 60  # seconds
+PATIENCE = 240  # seconds
 AXE = Path(__file__).parent / "axe" / "axe.min.js"
 
 

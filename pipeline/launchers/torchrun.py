@@ -69,7 +69,8 @@ def hand_over(
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     said = Path(tempfile.mkdtemp(prefix="instep-")) / "said"
     os.environ[SAID] = str(said)
-    threading.Thread(target=_end_without_ranks, name="ranks", daemon=True).start()
+    done = threading.Event()
+    threading.Thread(target=_end_without_ranks, args=(done,), name="ranks", daemon=True).start()
     try:
         run.main([*options, "-m", module, *arguments])
     except SignalException as ended:
@@ -96,18 +97,20 @@ def hand_over(
             sys.exit(f"{'; '.join(killed)}; the same command does what is left")
         sys.exit(first.exitcode)
     finally:
+        done.set()
         shutil.rmtree(said.parent, ignore_errors=True)
     return True
 
 
-def _end_without_ranks() -> None:
+def _end_without_ranks(done: threading.Event) -> None:
     """End this process where its ranks have ended and torchrun does not.
 
     It tells the other machines first, and waits for ever where the way there is cut.
     """
     own, seen = psutil.Process(), None
     while seen is None or time.monotonic() - seen < GRACE:
-        time.sleep(1)
+        if done.wait(1):
+            return
         with suppress(psutil.NoSuchProcess):
             if any(rank.status() != psutil.STATUS_ZOMBIE for rank in own.children()):
                 seen = time.monotonic()

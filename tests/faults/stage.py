@@ -53,7 +53,7 @@ def wait_for(project: Path, process: Forked, pattern: str) -> None:
         time.sleep(0.01)
 
 
-def end_of(process: Forked, within: float = 120) -> int:
+def end_of(process: Forked, within: float = 300) -> int:
     """Its exit code; nothing that it has started is left."""
     below = family(process) if process.poll() is None else []
     code = process.wait(within)

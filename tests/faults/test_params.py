@@ -40,7 +40,7 @@ def of_bytes(folder: Path, content: bytes) -> str:
     begun = time.monotonic()
     with pytest.raises(InputError) as caught:
         load_params(path)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 60
     assert str(path) in str(caught.value)
     return str(caught.value)
 

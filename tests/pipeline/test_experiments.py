@@ -48,7 +48,7 @@ def project(folder: Path) -> Path:
 
 
 def wait_for_queue(project: Path, count: int) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while (said := dvc(project, "queue", "status")).count("Success") < count:
         failed = [line.split()[1] for line in said.splitlines() if line.endswith("Failed")]
         assert not failed, dvc(project, "queue", "logs", failed[0])

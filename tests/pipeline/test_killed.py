@@ -132,7 +132,7 @@ def test_a_killed_experiment_goes_on_in_another_workspace(
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     said = dvc(project, "exp", "run", "--temp", "-n", "again")
-    assert int(re.search(r"continuing at iteration (\d+)", said)[1]) >= 16
+    assert int(re.search(r"continuing at iteration (\d+)", said)[1]) >= 15
     assert query(project, "SELECT status FROM runs") == [("FINISHED",)]
     assert curves(project) == curves(uninterrupted)
     dvc(project, "exp", "apply", "again")
@@ -186,7 +186,7 @@ def test_killing_dvc_alone_leaves_no_process(prepared: Path, shell: str) -> None
     assert len(family) >= 3  # the stage and its two workers
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=120)
     for survivor in alive:
         survivor.kill()
     assert not alive

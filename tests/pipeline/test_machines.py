@@ -26,7 +26,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose data is prepared, and which one process has trained."""
-    changes = NETWORKS["eomt"] | {"train.precision": "fp64", "train.timeout": 8}
+    changes = NETWORKS["eomt"] | {"train.precision": "fp64", "train.iterations": 12}
+    changes["train.timeout"] = 60
     counts = {"train": 8, "val": 2, "test": 2}
     project = make_project(tmp_path_factory.mktemp("one"), counts, **changes)
     stage(project, "prepare")
@@ -127,21 +128,23 @@ def test_a_link_that_is_cut_for_good_ends_both_and_names_the_other_machine(
     machines: tuple[Machine, Machine, Link],
     tmp_path: Path,
 ) -> None:
-    """Within the time-out of 8 s and a grace; and the training goes on when the link is back."""
+    """Within the time-out of 12 s and a grace; and the training goes on when the link is back."""
     projects = clones(prepared, machines, tmp_path)
+    for project in projects:
+        set_params(project, {"train.timeout": 12})
     begun = begin(machines, projects)
     wait_for_iteration(projects, 5)
     machines[2].cut.set()
     try:
-        codes = [one.wait(90) for one in begun]
+        codes = [one.wait(240) for one in begun]
     finally:
         machines[2].cut.clear()
     assert 0 not in codes
     for project, other in zip(projects, (machines[1], machines[0]), strict=True):
-        assert re.search(rf"on {other.name}\b.*; train\.timeout allows 8 s", said(project))
+        assert re.search(rf"on {other.name}\b.*; train\.timeout allows 12 s", said(project))
     begun = begin(machines, projects)
     assert [one.wait(240) for one in begun] == [0, 0], [said(project) for project in projects]
-    assert "continuing at iteration 4" in said(projects[0]) + said(projects[1])
+    assert re.search("continuing at iteration [48]", said(projects[0]) + said(projects[1]))
     assert md5s(projects[0], OUTPUTS) == md5s(projects[1], OUTPUTS)
     assert md5s(projects[0], EQUAL) == md5s(trained[0], EQUAL)
 

@@ -147,7 +147,7 @@ def batches(split: Split, workers: int) -> list[list[np.ndarray]]:
 def test_workers_change_no_bit_of_a_batch(split: Split):
     # In a process of its own: a fork of this one would copy the threads of OpenCV and torch.
     with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-        alone, shared = (fresh.submit(batches, split, workers).result(60) for workers in (0, 2))
+        alone, shared = (fresh.submit(batches, split, workers).result(300) for workers in (0, 2))
     assert len(alone) == len(shared) == 5
     for own, theirs in zip(alone, shared, strict=True):
         assert [part.shape for part in own] == [(4, 16, 16, 3), (4, 16, 16), (4,)]
