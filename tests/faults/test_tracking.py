@@ -472,6 +472,7 @@ def nothing_left(project: Path) -> bool:
     return not [*(project / ".dvc/tmp/instep-spool").iterdir()]
 
 
+@pytest.mark.usefixtures("hasty")
 def test_a_server_that_is_restarted_at_the_end_loses_nothing(
     proxy: Proxy, server: Server, tmp_path: Path, undisturbed: dict[str, object]
 ) -> None:
