@@ -29,7 +29,7 @@ from tests.project import (
 )
 
 ITERATIONS = 60
-KILLS = 3
+KILLS = 2
 CHANGES = {
     "train.iterations": ITERATIONS,
     "train.checkpoint.interval": 4,
