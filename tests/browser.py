@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -11,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
+
+from tests.packages import install
 
 NEEDED = {"chromium": "chromium", "chromedriver": "chromium-driver"}  # programs by Debian package
 FLAGS = [
@@ -29,25 +30,11 @@ PATIENCE = 240  # seconds
 AXE = Path(__file__).parent / "axe" / "axe.min.js"
 
 
-def install() -> None:
-    """Have Chromium and its driver; an AssertionError says why that can't be."""
-    missing = [package for program, package in NEEDED.items() if shutil.which(program) is None]
-    if not missing:
-        return
-    remedy = f"apt-get install --yes {' '.join(missing)}"
-    if shutil.which("apt-get") is None or os.geteuid() != 0:
-        raise AssertionError(f"the pages are tested in Chromium, which is missing: run `{remedy}`")
-    for command in ("apt-get update", remedy):
-        done = subprocess.run(command.split(), capture_output=True, text=True)
-        if done.returncode:
-            raise AssertionError(f"`{command}` ended with {done.returncode}:\n{done.stderr}")
-
-
 class Browser:
     """A Chromium with a fresh profile, whose console and requests are heard from the start."""
 
     def __enter__(self) -> "Browser":
-        install()
+        install(NEEDED)
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self._driver = subprocess.Popen(
             ["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True

@@ -7,7 +7,6 @@ delay, or drops them while it is cut. (The kernel's own delays, netem, are not e
 import heapq
 import os
 import select
-import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from pathlib import Path
 from threading import Event, Thread
 
 import pytest
+
+from tests.packages import install
 
 LARGEST = 65536  # bytes of a packet
 
@@ -47,8 +48,9 @@ class Machine:
 
 @dataclass
 class Link:
-    """What connects two machines' devices."""
+    """What connects two machines, by their devices."""
 
+    machines: tuple[Machine, Machine]
     devices: tuple[int, int]
     delay: float
     cut: Event = field(default_factory=Event)
@@ -76,17 +78,13 @@ def ip(*arguments: str) -> None:
 
 
 @contextmanager
-def two_machines(delay: float) -> Iterator[tuple[Machine, Machine, Link]]:
-    """Two machines, and a link with so many seconds of delay in each direction."""
+def two_machines(delay: float) -> Iterator[Link]:
+    """Two machines with a link between them, of so many seconds of delay in each direction."""
     if os.geteuid() != 0 or not Path("/dev/net/tun").exists():
         pytest.skip("network namespaces and TUN devices need root and /dev/net/tun")
-    if shutil.which("ip") is None:
-        install("iproute2")
-    number = os.getpid() % 200
-    machines = [
-        Machine(f"instep-{os.getpid()}-{one}", f"10.93.{number}.{place}")
-        for place, one in enumerate(("a", "b"), start=1)
-    ]
+    install({"ip": "iproute2"})
+    name, network = f"instep-{os.getpid()}", f"10.93.{os.getpid() % 200}"
+    machines = Machine(f"{name}-a", f"{network}.1"), Machine(f"{name}-b", f"{network}.2")
     devices: list[int] = []
     link = None
     try:
@@ -97,10 +95,10 @@ def two_machines(delay: float) -> Iterator[tuple[Machine, Machine, Link]]:
             ip(*inside, "addr", "add", machine.address, "peer", other.address, "dev", "link")
             ip(*inside, "link", "set", "dev", "link", "up")
             ip(*inside, "link", "set", "lo", "up")
-        link = Link((devices[0], devices[1]), delay)
+        link = Link(machines, (devices[0], devices[1]), delay)
         carrier = Thread(target=link.carry, daemon=True)
         carrier.start()
-        yield machines[0], machines[1], link
+        yield link
     finally:
         if link is not None:
             link.ended.set()
@@ -120,14 +118,3 @@ def device_in(machine: Machine) -> int:
         subprocess.run([*enter, *command], check=True, pass_fds=[theirs.fileno()])
         _, (device,), *_ = socket.recv_fds(ours, 1, 1)
     return device
-
-
-def install(*packages: str) -> None:
-    """Install Debian packages, or leave the test out where that can't be done."""
-    if shutil.which("apt-get") is None:
-        pytest.skip(f"needs {', '.join(packages)}, and there is no apt-get to install it")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    given = {"stdin": subprocess.DEVNULL, "capture_output": True, "env": environment}
-    for command in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
-        if subprocess.run(["apt-get", *command], check=False, **given).returncode:
-            pytest.skip(f"needs {', '.join(packages)}, which apt-get can't install here")

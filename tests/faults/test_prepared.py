@@ -1,7 +1,5 @@
 """Faults 13 and 27 in data/prepared: damaged, truncated, lost and forged files."""
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +10,10 @@ import numpy as np
 import pytest
 
 from pipeline.data import audit
-from pipeline.data.store import INDEX, SEAL, Store
+from pipeline.data.store import INDEX, Store
 from pipeline.data.table import NAMES, RECORDS, ROW, Array, Entries
-from pipeline.disk import file_md5
 from pipeline.errors import InputError
+from tests.fuzz.prepared import seal, seal_table
 from tests.project import SMALL, ended, make_project, set_params, stage
 from tests.unit.pairs import data_params, labels, photo, write
 
@@ -117,16 +115,6 @@ def test_every_changed_byte_of_an_index_is_found(prepared: Path):
             Store(prepared)
 
 
-def seal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the index, and give it an md5 that fits."""
-    content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    del content["md5"]
-    change(content)
-    text = json.dumps(content)[:-1]
-    end = SEAL.format(hashlib.md5(text.encode()).hexdigest())
-    (folder / INDEX).write_text(text + end, encoding="utf-8")
-
-
 def refused_when_opened(folder: Path) -> str:
     """Why a data set can't be opened; checks that the file and the remedy are named."""
     with pytest.raises(InputError) as caught:
@@ -188,8 +176,7 @@ def test_a_row_that_does_not_fit_is_refused_even_with_its_md5(
     rows[column][1] = value
     rows.tofile(prepared / RECORDS)
     assert f"{RECORDS} is not as `prepare` wrote it: md5" in refused_when_opened(prepared)
-    md5 = file_md5(prepared / RECORDS)
-    seal(prepared, lambda index: index["table"].update({RECORDS: md5}))
+    seal_table(prepared, RECORDS)
     assert said in refused_when_opened(prepared)
 
 
@@ -220,8 +207,7 @@ def test_names_that_do_not_fit_are_refused_even_with_their_md5(
     """Row 27."""
     change(np.fromfile(prepared / NAMES, np.uint8)).tofile(prepared / NAMES)
     assert f"{NAMES} is not as `prepare` wrote it: md5" in refused_when_opened(prepared)
-    md5 = file_md5(prepared / NAMES)
-    seal(prepared, lambda index: index["table"].update({NAMES: md5}))
+    seal_table(prepared, NAMES)
     assert said in refused_when_opened(prepared)
 
 
@@ -230,8 +216,7 @@ def test_a_table_of_another_length_is_refused_even_with_its_md5(size: int, prepa
     """Row 27."""
     path = prepared / RECORDS
     path.write_bytes(path.read_bytes()[:size])
-    md5 = file_md5(path)
-    seal(prepared, lambda index: index["table"].update({RECORDS: md5}))
+    seal_table(prepared, RECORDS)
     refused_when_opened(prepared)
     path.unlink()
     with pytest.raises(InputError, match=rf"{RECORDS} is missing; run"):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -42,32 +43,34 @@ def content(store: Store) -> Any:
     return said, entries, [array.tobytes() for split in splits for one in split for array in one]
 
 
-def seal(folder: Path, rng: Random) -> None:
-    """Forge the index or a file of the table, and make every md5 fit."""
+def seal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the index, and give it the md5 that fits."""
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     del index["md5"]
-    forged = rng.choice((INDEX, *TABLE))
-    if forged == INDEX:
-        forge(index, rng)
-    else:
-        path = folder / forged
-        path.write_bytes(mutated(path.read_bytes(), rng))
-        index["table"][forged] = file_md5(path)
+    change(index)
     text = json.dumps(index)[:-1]
     end = SEAL.format(hashlib.md5(text.encode()).hexdigest())
-    (folder / INDEX).write_text(text + end)
+    (folder / INDEX).write_text(text + end, encoding="utf-8")
+
+
+def seal_table(folder: Path, name: str) -> None:
+    """Give the index the md5 of a changed file of the table."""
+    md5 = file_md5(folder / name)
+    seal(folder, lambda index: index["table"].update({name: md5}))
 
 
 def attempt(whole: Path, expected: Any, rng: Random, folder: Path) -> str:
     """Open and read a copy of the data set of which one file is mutated."""
     shutil.copytree(whole, folder, dirs_exist_ok=True)
     forged = rng.random() < 0.4
-    if forged:
-        seal(folder, rng)
+    shards = sorted(path.name for path in folder.glob("*.bin"))
+    name = rng.choice((INDEX, *TABLE) if forged else (rng.choice(shards), INDEX, *TABLE))
+    if forged and name == INDEX:
+        seal(folder, lambda index: forge(index, rng))
     else:
-        shards = sorted(path.name for path in folder.glob("*.bin"))
-        path = folder / rng.choice((rng.choice(shards), INDEX, *TABLE))
-        path.write_bytes(mutated(path.read_bytes(), rng))
+        (folder / name).write_bytes(mutated((folder / name).read_bytes(), rng))
+        if forged:
+            seal_table(folder, name)
     store = Store(folder)
     store.verification(*SPLITS).finish()
     if not forged:

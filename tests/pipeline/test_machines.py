@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipeline.disk import file_md5
+from tests.faults.stage import said
 from tests.machines import Link, Machine, two_machines
 from tests.project import NETWORKS, environment, make_project, set_params, stage
 
@@ -36,32 +37,27 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def machines() -> Iterator[tuple[Machine, Machine, Link]]:
+def link() -> Iterator[Link]:
     with two_machines(DELAY) as made:
         yield made
 
 
-def clones(
-    prepared: Path, machines: tuple[Machine, Machine, Link], folder: Path
-) -> tuple[Path, Path]:
+def clones(prepared: Path, link: Link, folder: Path) -> tuple[Path, Path]:
     """A clone of the project on each machine, which has nothing of its training."""
     made = folder / "a", folder / "b"
     for project in made:
         without = shutil.ignore_patterns("outputs", "tmp", "mlflow.db", "mlartifacts")
         shutil.copytree(prepared, project, ignore=without)
-        endpoint = f"{machines[0].address}:29500"
+        endpoint = f"{link.machines[0].address}:29500"
         where = {"launcher.name": "torchrun", "launcher.nodes": 2, "launcher.endpoint": endpoint}
         set_params(project, where)
     return made
 
 
-def begin(
-    machines: Sequence[Machine | Link], projects: Sequence[Path]
-) -> list[subprocess.Popen[bytes]]:
+def begin(machines: Sequence[Machine], projects: Sequence[Path]) -> list[subprocess.Popen[bytes]]:
     """Start the training on machines; what each says goes to said.txt."""
     begun = []
-    for machine, project in zip(machines, projects, strict=False):
-        assert isinstance(machine, Machine)
+    for machine, project in zip(machines, projects, strict=True):
         with (project / "said.txt").open("wb") as told:
             process = subprocess.Popen(
                 machine.command([sys.executable, "-m", "stages.train"]),
@@ -73,10 +69,6 @@ def begin(
             )
         begun.append(process)
     return begun
-
-
-def said(project: Path) -> str:
-    return (project / "said.txt").read_text()
 
 
 def wait_for_iteration(projects: tuple[Path, Path], iteration: int) -> None:
@@ -99,16 +91,16 @@ def md5s(project: Path, names: Sequence[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def trained(
     prepared: Path,
-    machines: tuple[Machine, Machine, Link],
+    link: Link,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Path]:
     """The projects of two machines that have trained together; their link was cut for a while."""
-    projects = clones(prepared, machines, tmp_path_factory.mktemp("two"))
-    begun = begin(machines, projects)
+    projects = clones(prepared, link, tmp_path_factory.mktemp("two"))
+    begun = begin(link.machines, projects)
     wait_for_iteration(projects, 3)
-    machines[2].cut.set()
+    link.cut.set()
     time.sleep(3)
-    machines[2].cut.clear()
+    link.cut.clear()
     assert [one.wait(240) for one in begun] == [0, 0], [said(project) for project in projects]
     return projects
 
@@ -125,24 +117,24 @@ def test_two_machines_train_as_one_process_does_and_both_have_the_result(
 def test_a_link_that_is_cut_for_good_ends_both_and_names_the_other_machine(
     prepared: Path,
     trained: tuple[Path, Path],
-    machines: tuple[Machine, Machine, Link],
+    link: Link,
     tmp_path: Path,
 ) -> None:
     """Within the time-out of 12 s and a grace; and the training goes on when the link is back."""
-    projects = clones(prepared, machines, tmp_path)
+    projects = clones(prepared, link, tmp_path)
     for project in projects:
         set_params(project, {"train.timeout": 12})
-    begun = begin(machines, projects)
+    begun = begin(link.machines, projects)
     wait_for_iteration(projects, 5)
-    machines[2].cut.set()
+    link.cut.set()
     try:
         codes = [one.wait(240) for one in begun]
     finally:
-        machines[2].cut.clear()
+        link.cut.clear()
     assert 0 not in codes
-    for project, other in zip(projects, (machines[1], machines[0]), strict=True):
+    for project, other in zip(projects, reversed(link.machines), strict=True):
         assert re.search(rf"on {other.name}\b.*; train\.timeout allows 12 s", said(project))
-    begun = begin(machines, projects)
+    begun = begin(link.machines, projects)
     assert [one.wait(240) for one in begun] == [0, 0], [said(project) for project in projects]
     assert re.search("continuing at iteration [48]", said(projects[0]) + said(projects[1]))
     assert md5s(projects[0], OUTPUTS) == md5s(projects[1], OUTPUTS)
@@ -150,25 +142,25 @@ def test_a_link_that_is_cut_for_good_ends_both_and_names_the_other_machine(
 
 
 def test_machines_with_other_parameters_are_refused(
-    prepared: Path, machines: tuple[Machine, Machine, Link], tmp_path: Path
+    prepared: Path, link: Link, tmp_path: Path
 ) -> None:
-    projects = clones(prepared, machines, tmp_path)
+    projects = clones(prepared, link, tmp_path)
     set_params(projects[1], {"train.lr": 0.002})
-    assert 0 not in [one.wait(120) for one in begin(machines, projects)]
+    assert 0 not in [one.wait(120) for one in begin(link.machines, projects)]
     told = said(projects[0]) + said(projects[1])
-    assert f"rank 1 on {machines[1].name} would do another training than rank 0" in told
+    assert f"rank 1 on {link.machines[1].name} would do another training than rank 0" in told
 
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_machine_that_stays_alone_ends_and_says_so(
-    place: int, prepared: Path, machines: tuple[Machine, Machine, Link], tmp_path: Path
+    place: int, prepared: Path, link: Link, tmp_path: Path
 ) -> None:
     """That of the endpoint, and another one."""
-    project = clones(prepared, machines, tmp_path)[place]
+    project = clones(prepared, link, tmp_path)[place]
     set_params(project, {"train.timeout": 2})
-    (alone,) = begin([machines[place]], [project])
+    (alone,) = begin([link.machines[place]], [project])
     assert alone.wait(120) == 1
     told = said(project).splitlines()[-1]
-    where = f"{machines[0].address}:29500"
+    where = f"{link.machines[0].address}:29500"
     assert told.startswith(f"error: launcher.nodes: 2, but they have not all met at {where} in 2 s")
     assert told.endswith("; start the same command on each")

@@ -1,0 +1,36 @@
+"""Programs that tests run and that Debian has."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock
+
+
+def install(needed: dict[str, str]) -> None:
+    """Have these programs, each of a Debian package.
+
+    Raises:
+        AssertionError: some are missing, and why they can't be installed here.
+    """
+    path = f"{os.environ['PATH']}:/usr/sbin"  # where only root's programs are looked for
+    # apt-get refuses to run beside another, which a test in another process may have started.
+    with FileLock(Path(tempfile.gettempdir()) / "instep-packages.lock"):
+        missing = [name for one, name in needed.items() if not shutil.which(one, path=path)]
+        if not missing:
+            return
+        remedy = f"apt-get install --yes {' '.join(missing)}"
+        if shutil.which("apt-get") is None or os.geteuid() != 0:
+            raise AssertionError(f"programs of these tests are missing: run `{remedy}`")
+        for command in ("apt-get update", remedy):
+            done = subprocess.run(
+                command.split(),
+                env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                raise AssertionError(f"`{command}` ended with {done.returncode}:\n{done.stderr}")
