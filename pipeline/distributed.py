@@ -13,9 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.disk import file_md5, write_atomically
+from pipeline.disk import file_md5, write_bytes
 from pipeline.errors import InputError, one_line
 from pipeline.monitor import Monitor
 
@@ -92,12 +91,8 @@ def share_files(paths: Sequence[Path]) -> None:
     for path in (path for path in wanted if path in everywhere):
         content = broadcast_object(path.read_bytes() if rank() == 0 else None)
         if path in lacking:
-            write_atomically(path, partial(_write, content=content))
+            write_bytes(path, content)
         alive()
-
-
-def _write(file: BinaryIO, content: bytes) -> None:
-    file.write(content)
 
 
 def at(what: str, allowance: float = 0.0) -> None:

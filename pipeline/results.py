@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.table import Array
-from pipeline.disk import MODEL, write_atomically
+from pipeline.disk import MODEL, write_bytes
 from pipeline.errors import InputError
 from pipeline.evaluation.comparison import Result
 from pipeline.evaluation.per_image import PER_IMAGE, PerImage
@@ -77,7 +77,7 @@ def find_model(name: str, params: Params) -> Path:
     digest = hashlib.md5(content).hexdigest()
     kept = main_checkout() / ".dvc" / "tmp" / "instep-models" / f"{digest}{Path(MODEL).suffix}"
     if not kept.is_file():
-        write_atomically(kept, lambda file: file.write(content))
+        write_bytes(kept, content)
     return kept
 
 

@@ -285,7 +285,7 @@ def newest(state: State) -> Saved | None:
     if min(iterations) == last:
         return saved
     source = iterations.index(last)
-    mine = state.packed() if distributed.rank() == source else None
+    mine = state.packed(saved) if saved and distributed.rank() == source else None
     packed: Packed = distributed.broadcast_object(mine, source)
     if distributed.rank() == 0 and source != 0:
         state.adopt(packed)

@@ -7,14 +7,13 @@ the processes of a machine share it.
 import codecs
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.disk import file_md5, write_atomically
+from pipeline.disk import file_md5, write_bytes
 from pipeline.errors import InputError
 
 RECORDS, NAMES = TABLE = ("records.table", "names.txt")
@@ -119,7 +118,7 @@ class Entries(Sequence[Entry]):
         if times > 1:
             raise InputError(f"image {name!r} is there twice")
         for file_name, array in zip(TABLE, (self.rows, self.names), strict=True):
-            write_atomically(folder / file_name, partial(_write_bytes, array=array))
+            write_bytes(folder / file_name, array.data)
         return {file_name: file_md5(folder / file_name) for file_name in TABLE}
 
     def part(self, first: int, count: int) -> Self:
@@ -206,10 +205,6 @@ class Entries(Sequence[Entry]):
                 raise ValueError("a name begins in the middle of a letter")
         except ValueError:
             raise InputError("the names of its images are no UTF-8") from None
-
-
-def _write_bytes(file: Any, array: NDArray[Any]) -> None:
-    file.write(array.data)
 
 
 def _mapped_again(folder: Path, shards: Sequence[str], first: int, count: int) -> Entries:

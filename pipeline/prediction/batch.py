@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pipeline import distributed
 from pipeline.data.files import IMAGE_SUFFIXES, UNNAMED, is_utf8, read_image, stems, upright
 from pipeline.data.table import Array
-from pipeline.disk import FORMAT, write_atomically, write_json
+from pipeline.disk import FORMAT, write_atomically, write_bytes, write_json
 from pipeline.errors import InputError, shown
 from pipeline.evaluation.report import blend, png, shrunk, write_mask
 from pipeline.prediction.model import WHOLE, Model, Sink, areas
@@ -296,7 +296,7 @@ def _write_one(one: Read, sink: Sink, model: Model, folder: Folder) -> dict[str,
     note |= {"height": ids.shape[0], "width": ids.shape[1]}
     if sink.confidence is not None:
         content = png(sink.confidence)
-        write_atomically(folder.file("confidence", name), lambda file: file.write(content))
+        write_bytes(folder.file("confidence", name), content)
         note["confidence"] = round(float(sink.confidence.mean(dtype=np.float64)) / 255, 4)
     if isinstance(sink.probabilities, np.memmap):
         sink.probabilities.flush()

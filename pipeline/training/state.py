@@ -25,6 +25,7 @@ from pipeline.disk import (
     remove_temporary,
     write_atomically,
     write_table,
+    write_text,
     writing,
 )
 from pipeline.errors import InputError
@@ -318,9 +319,8 @@ class State:
             require_whole(best)
         return saved
 
-    def packed(self) -> Packed:
-        """All that another machine needs to go on with this training."""
-        saved = self.load()
+    def packed(self, saved: Saved) -> Packed:
+        """All that another machine needs to go on with this training, whose state is `saved`."""
         best = self._best(saved["checkpoint"])
         return Packed(saved, load_checkpoint(best) if best else None, self.run_key)
 
@@ -369,7 +369,7 @@ class State:
 
     def remember_run(self, key: str) -> None:
         """Keep the key of this training's MLflow run, whatever happens next."""
-        write_atomically(self._run_key, lambda file: file.write(key.encode()))
+        write_text(self._run_key, key)
 
 
 class Writer:
