@@ -42,13 +42,13 @@ def hand_over(
     """
     if "WORLD_SIZE" in os.environ or (processes == 1 and meeting.nodes == 1):
         return False
+    address, own, interface = _way_to(meeting)
     logging.disable()  # what torchrun says in pages, we say in a line
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-    address, own, interface = _way_to(meeting)
     options = [
         f"--nnodes={meeting.nodes}",
         f"--nproc-per-node={processes}",
