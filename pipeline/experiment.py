@@ -40,7 +40,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _batch_is_divisible(self) -> Self:
-        nodes, gpus = self.launcher.meeting().nodes, self.train.gpus
+        nodes, gpus = self.launcher.machines, self.train.gpus
         share = nodes * gpus * self.train.accumulation
         if nodes > 1 and self.train.batch_size % share:
             raise InputError(

@@ -19,6 +19,7 @@ from pipeline.evaluation.reliability import CALIBRATION, Reliability, calibratio
 from pipeline.evaluation.report import Masks, choose, write_overlays, write_plots
 from pipeline.evaluation.uncertainty import intervals
 from pipeline.experiment import Params, load_params
+from pipeline.launchers.slurm import run_as_job
 from pipeline.launchers.torchrun import hand_over
 from pipeline.params import flatten, plain
 from pipeline.prediction.calibration import calibrated
@@ -43,6 +44,9 @@ def main() -> None:
     params = load_params()
     store = Store(PREPARED)
     store.require_measured(params.evaluation.split)
+    if job := params.launcher.job("evaluate"):
+        run_as_job("stages.evaluate", (), job)
+        return
     device = params.train.device
     processes = distributed.processes_here(device, params.train.gpus)  # any machine can evaluate
     if not hand_over("stages.evaluate", processes):

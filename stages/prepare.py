@@ -20,8 +20,12 @@ def main() -> None:
     """Read params.yaml, audit and pack the data set."""
     # Here, because the processes that pack import this module, and would import torch with it.
     from pipeline.experiment import load_params
+    from pipeline.launchers.slurm import run_as_job
 
     params = load_params()
+    if job := params.launcher.job("prepare"):
+        run_as_job("stages.prepare", (), job)
+        return
     with tqdm(desc="prepare", unit=" images", file=sys.stdout) as bar:
 
         def show(done: int, total: int) -> None:

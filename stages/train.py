@@ -24,6 +24,7 @@ from pipeline.errors import InputError
 from pipeline.evaluation.inference import Predictor
 from pipeline.experiment import Params, load_params
 from pipeline.interruption import finishing, remember_said
+from pipeline.launchers.slurm import run_as_job
 from pipeline.launchers.torchrun import hand_over
 from pipeline.models import ModelParams, build_model
 from pipeline.models.network import Labels
@@ -83,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         store.require("val", "train.validate: true", "use train.validate: false, or give it some")
     store.require_measured(params.evaluation.split)  # before the training, not after it
     start_files(params.train)
+    if job := params.launcher.job("train"):
+        run_as_job("stages.train", given, job, moved=partial(saved_at, params, store))
+        return
     distributed.check_devices(params.train.device, params.train.gpus)
     if not hand_over(
         "stages.train",
@@ -171,7 +175,7 @@ def run(params: Params, store: Store, device: torch.device, until: int | None) -
                         hashes=progress.hashes,
                         machine=distributed.machine(device),
                     )
-            if until is None and params.launcher.meeting().nodes > 1:
+            if until is None and params.launcher.machines > 1:
                 distributed.at("the outputs, which every machine gets")
                 distributed.share_files(outputs_in(Path(options.work_dir)) if first else [])
 
@@ -188,6 +192,11 @@ def end_late(tracker: Tracker, asked: signal.Signals) -> None:
     log.warning("%s; the same command goes on from the last checkpoint", said)
     remember_said()
     tracker.finish("KILLED", said)
+
+
+def saved_at(params: Params, store: Store) -> int | None:
+    """When the state of this training was last saved, in nanoseconds."""
+    return state_of(params, store, training_code(result_of(params), params.train)).saved_at
 
 
 def result_of(params: Params) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from filelock import FileLock
 
 
-def install(needed: dict[str, str]) -> None:
-    """Have these programs, each of a Debian package.
+def install(needed: dict[str, str], *options: str) -> None:
+    """Have these programs, each of a Debian package, by apt-get with these options.
 
     Raises:
         AssertionError: some are missing, and why they can't be installed here.
@@ -21,7 +21,7 @@ def install(needed: dict[str, str]) -> None:
         missing = [name for one, name in needed.items() if not shutil.which(one, path=path)]
         if not missing:
             return
-        remedy = f"apt-get install --yes {' '.join(missing)}"
+        remedy = " ".join(["apt-get install --yes", *options, *missing])
         if shutil.which("apt-get") is None or os.geteuid() != 0:
             raise AssertionError(f"programs of these tests are missing: run `{remedy}`")
         for command in ("apt-get update", remedy):

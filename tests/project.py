@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from tests.forked import Forked
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-STARTED_BY_OTHERS = ("DVC_", "MLFLOW_", "TORCHELASTIC_", "GIT_")
+STARTED_BY_OTHERS = ("DVC_", "MLFLOW_", "TORCHELASTIC_", "GIT_", "SLURM", "SBATCH_")
 
 ABSENT = object()  # a key that is not to stand in params.yaml
 
@@ -165,7 +165,7 @@ def set_params(project: Path, changes: dict[str, object]) -> None:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment without what a surrounding DVC, MLflow or torchrun set."""
+    """This process's environment without what a surrounding DVC, MLflow, torchrun or Slurm set."""
     own = {k: v for k, v in os.environ.items() if not k.startswith(STARTED_BY_OTHERS)}
     paths = {"PATH": f"{Path(sys.executable).parent}:{own['PATH']}"}
     identity = {"GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.org"}

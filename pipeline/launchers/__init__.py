@@ -1,29 +1,30 @@
 """Where the processes of a stage run: the section `launcher` of params.yaml."""
 
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.launchers import slurm
+from pipeline.launchers.slurm import Job
+from pipeline.launchers.torchrun import ALONE, Meeting
 from pipeline.params import Few, Named
 
 
-class Meeting(NamedTuple):
-    """Where machines meet that train together, as many as `nodes`."""
-
-    nodes: int = 1
-    host: str = "127.0.0.1"
-    port: int = 0  # any free one
-
-
-ALONE = Meeting()
-
-
 class LauncherParams(Named):
-    """What all launchers have in common: that they know where the processes meet."""
+    """What all launchers have in common: where processes meet, and what becomes a job."""
+
+    @property
+    def machines(self) -> int:
+        """How many train together."""
+        return 1
 
     def meeting(self) -> Meeting:
-        """By default this machine is alone."""
+        """Where they meet; by default this machine is alone."""
         return ALONE
+
+    def job(self, stage: str) -> Job | None:
+        """As what a stage is submitted; None: it runs here."""
+        return None
 
 
 class Local(LauncherParams):
@@ -40,10 +41,40 @@ class Torchrun(LauncherParams):
     nodes: Few
     endpoint: Annotated[str, Field(pattern=r"^[^:]+:[0-9]{1,5}$")]
 
+    @property
+    def machines(self) -> int:
+        """See LauncherParams."""
+        return self.nodes
+
     def meeting(self) -> Meeting:
         """See LauncherParams."""
         host, _, port = self.endpoint.partition(":")
         return Meeting(self.nodes, host, int(port))
 
 
-LAUNCHERS: dict[str, type[LauncherParams]] = {"local": Local, "torchrun": Torchrun}
+class Slurm(LauncherParams, Job):
+    """The training is a job of Slurm's, and so are `prepare` and `evaluate` where they are given.
+
+    The keys of a job are those of the training.
+    """
+
+    prepare: Job | None = None
+    evaluate: Job | None = None
+
+    @property
+    def machines(self) -> int:
+        """See LauncherParams."""
+        return self.nodes
+
+    def meeting(self) -> Meeting:
+        """See LauncherParams; it is only known in the job."""
+        return slurm.meeting() if self.nodes > 1 else ALONE
+
+    def job(self, stage: str) -> Job | None:
+        """See LauncherParams."""
+        if slurm.in_job():
+            return None
+        return {"prepare": self.prepare, "train": self, "evaluate": self.evaluate}[stage]
+
+
+LAUNCHERS: dict[str, type[LauncherParams]] = {"local": Local, "torchrun": Torchrun, "slurm": Slurm}

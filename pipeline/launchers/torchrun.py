@@ -12,14 +12,28 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
 from pipeline.distributed import PATIENCE, free_cores
 from pipeline.errors import INTERRUPTED, InputError, one_line
 from pipeline.interruption import SAID, said_of, say
-from pipeline.launchers import ALONE, Meeting
 
+
+class Meeting(NamedTuple):
+    """Where machines meet that train together, as many as `nodes`.
+
+    `here` says whether that is this machine; None: if it has the address of `host`.
+    """
+
+    nodes: int = 1
+    host: str = "127.0.0.1"
+    port: int = 0  # any free one
+    here: bool | None = None
+
+
+ALONE = Meeting()
 GRACE = 10.0  # seconds that torchrun has for its own end
 
 
@@ -43,6 +57,7 @@ def hand_over(
     if "WORLD_SIZE" in os.environ or (processes == 1 and meeting.nodes == 1):
         return False
     address, own, interface = _way_to(meeting)
+    here = own == address if meeting.here is None else meeting.here
     logging.disable()  # what torchrun says in pages, we say in a line
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -57,7 +72,7 @@ def hand_over(
         "--rdzv-id=instep",
         # torchrun looks for the host's name among this machine's, where it may not be. It would
         # give up a machine 15 seconds after it was last heard of; those that train wait longer.
-        f"--rdzv-conf=is_host={own == address},join_timeout={patience:.0f},"
+        f"--rdzv-conf=is_host={here},join_timeout={patience:.0f},"
         f"read_timeout={patience:.0f},keep_alive_interval={patience:.0f}",
         f"--local-addr={own}",
     ]

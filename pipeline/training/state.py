@@ -287,6 +287,11 @@ class State:
         """Whether a checkpoint has been saved."""
         return self._state.is_file() or self._before.is_file()
 
+    @property
+    def saved_at(self) -> int | None:
+        """When that was, in nanoseconds since 1970."""
+        return self._state.stat().st_mtime_ns if self._state.is_file() else None
+
     def load(self) -> Saved:
         """The last saved checkpoint and the curves up to it; if it is broken, the one before it.
 

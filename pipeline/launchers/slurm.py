@@ -1,0 +1,232 @@
+"""Runs a stage as a job of Slurm, and ends as the job ends.
+
+Source: https://slurm.schedmd.com/sbatch.html
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
+
+from pipeline.errors import INTERRUPTED, InputError
+from pipeline.launchers.torchrun import Meeting
+from pipeline.params import Few, Section, main_checkout
+
+POLL = 1.0  # seconds between two questions to Slurm
+SILENCE = 600.0  # seconds for which Slurm may be unable to answer
+ENDING = 90.0  # seconds that a cancelled job may take for its last state
+WARNING = 60  # seconds before the time limit at which a job is told
+IN_JOB = "INSTEP_JOB"  # in the environment of what runs in a job of ours
+
+UNENDED = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED"}
+UNENDED |= {"REQUEUE_HOLD", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "PREEMPTED"}
+NO_MEMORY = ("oom-kill", "oom_kill", "exceeded memory limit", "Exceeded job memory limit")
+
+
+FIRST_PORT, PORTS = 20_000, 10_000  # where nodes meet, by the job's number
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Job(Section):
+    """What Slurm is asked for, in the words of sbatch; `options` are more of its own."""
+
+    nodes: Few = 1
+    partition: Text | None = None
+    account: Text | None = None
+    time: Text | None = None
+    gres: Text | None = None
+    options: tuple[Text, ...] = ()
+
+    def asked(self) -> list[str]:
+        """The options of sbatch."""
+        named = {name: getattr(self, name) for name in ("partition", "account", "time", "gres")}
+        set_ = [f"--{name}={value}" for name, value in named.items() if value]
+        return [f"--nodes={self.nodes}", *set_, *self.options]
+
+
+class Ended(NamedTuple):
+    """How a job has ended: its state, its exit code or the signal, and all that it has said."""
+
+    number: str
+    state: str
+    code: int
+    said: str
+    log: Path
+
+
+def in_job() -> bool:
+    """Whether this process runs in a job of ours."""
+    return IN_JOB in os.environ
+
+
+def meeting() -> Meeting:
+    """Where the nodes of this job meet: at the first of them."""
+    nodes = _ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+    first = _fields(_ask("scontrol", "--oneliner", "show", "node", nodes[0]))
+    port = FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % PORTS
+    return Meeting(len(nodes), first["NodeAddr"], port, os.environ["SLURM_NODEID"] == "0")
+
+
+def run_as_job(
+    module: str, arguments: Sequence[str], job: Job, *, moved: Callable[[], object] = lambda: None
+) -> None:
+    """Run `python -m module arguments` as a job, show what it says, and return when it is done.
+
+    A job that its time limit has ended is followed by another one, if it has got on: that is so
+    where `moved()` has another value than before it.
+
+    Raises:
+        SystemExit: the job has failed; the text says why.
+        InputError: there is no Slurm here, or it refuses the job.
+        Interrupted: this process was asked to end; the job has ended before it.
+    """
+    while True:
+        before = moved()
+        ended = _run(module, arguments, job)
+        if ended.state == "COMPLETED":
+            ended.log.unlink(missing_ok=True)
+            return
+        limit = ended.state == "TIMEOUT" or ended.code == INTERRUPTED
+        if not limit or moved() == before:
+            sys.exit(_why(ended, job))
+        _say(f"job {ended.number} has come to its time limit; another one goes on")
+
+
+def _run(module: str, arguments: Sequence[str], job: Job) -> Ended:
+    folder = main_checkout() / ".dvc" / "tmp" / "instep-jobs"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = shlex.join([sys.executable, "-u", "-m", module, *arguments])
+    step = f"srun --ntasks-per-node=1 --kill-on-bad-exit=1 {command}"
+    number = _ask(
+        "sbatch",
+        "--parsable",
+        f"--job-name=instep-{module.rpartition('.')[2]}",
+        "--ntasks-per-node=1",
+        f"--output={folder}/%j.log",
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=USR1@{WARNING}",
+        f"--export=ALL,{IN_JOB}=1",
+        *job.asked(),
+        "--wrap",
+        step,
+    ).partition(";")[0]
+    _say(f"submitted as job {number}")
+    follower = _Follower(number, folder / f"{number}.log")
+    try:
+        return follower.wait()
+    except BaseException:
+        _say(f"job {number} is being cancelled")
+        _ask("scancel", number)
+        follower.wait(ENDING)
+        raise
+
+
+class _Follower:
+    """Shows what a job says, and what becomes of it."""
+
+    def __init__(self, number: str, path: Path) -> None:
+        self._number, self._path = number, path
+        self._said, self._shown = "", 0
+
+    def wait(self, limit: float = float("inf")) -> Ended:
+        """Until the job has ended, or so many seconds."""
+        begun = heard = time.monotonic()
+        while True:
+            try:
+                job = _job(self._number)
+                heard = time.monotonic()
+            except InputError:
+                if time.monotonic() - heard > SILENCE:
+                    raise
+                time.sleep(POLL)
+                continue
+            self._tell(job)
+            self._show()
+            state = job["JobState"]
+            if state not in UNENDED or time.monotonic() - begun > limit:
+                said = self._path.read_text(errors="replace") if self._path.exists() else ""
+                code, _, by_signal = job["ExitCode"].partition(":")
+                number = int(code) or (128 + int(by_signal) if int(by_signal or 0) else 0)
+                return Ended(self._number, state, number, said, self._path)
+            time.sleep(POLL)
+
+    def _tell(self, job: dict[str, str]) -> None:
+        match job["JobState"]:
+            case "RUNNING":
+                told = f"runs on {job['NodeList']}"
+            case "PENDING" if job.get("Restarts", "0") != "0":
+                told = f"was taken from its nodes, and waits for others ({job['Reason']})"
+            case "PENDING":
+                told = f"waits ({job['Reason']})"
+            case _:
+                return
+        if told != self._said:
+            self._said = told
+            _say(f"job {self._number} {told}")
+
+    def _show(self) -> None:
+        """What the job has said since."""
+        if self._path.exists():
+            with self._path.open(errors="replace") as file:
+                file.seek(self._shown)
+                print(file.read(), end="", flush=True)
+                self._shown = file.tell()
+
+
+def _job(number: str) -> dict[str, str]:
+    return _fields(_ask("scontrol", "--oneliner", "show", "job", number))
+
+
+def _fields(line: str) -> dict[str, str]:
+    return dict(field.split("=", 1) for field in line.split() if "=" in field)
+
+
+def _ask(*command: str) -> str:
+    """What one of Slurm's commands answers.
+
+    Raises:
+        InputError: it is not there, or refuses.
+    """
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+        )
+    except FileNotFoundError:
+        raise InputError(
+            f"launcher.name: slurm, but this machine has no {command[0]}; log in to one of the "
+            "cluster's, or use launcher.name: local"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise InputError(f"{command[0]} refuses: {' '.join(error.stderr.split())}") from None
+    return done.stdout.strip()
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _why(ended: Ended, job: Job) -> str:
+    """The reason why a job has failed, and what to do."""
+    told = f"job {ended.number}"
+    tail = ended.said[-4000:]
+    if ended.state == "OUT_OF_MEMORY" or any(text in tail for text in NO_MEMORY):
+        return f"error: {told} ran out of memory; ask for more: launcher.options: ['--mem=...']"
+    if ended.state == "TIMEOUT" or ended.code == INTERRUPTED:
+        asked = job.time or "the partition's"
+        return (
+            f"error: {told} came to its time limit ({asked}) before it could save anything; give "
+            "it more: launcher.time"
+        )
+    if ended.state == "CANCELLED":
+        return f"error: {told} was cancelled; the same command does what is left"
+    if ended.state == "FAILED":
+        return f"error: {told} failed with exit code {ended.code}; {ended.log} has what it said"
+    return f"error: {told} ended as {ended.state}; the same command does what is left"
