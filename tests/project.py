@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -194,6 +195,16 @@ def run(
 def dvc(project: Path, *arguments: str, check: bool = True, **extra: str) -> str:
     """What `dvc ...` prints."""
     return run(["dvc", *arguments], project, check, **extra).stdout
+
+
+def wait_for_queue(project: Path, count: int) -> None:
+    """Until so many of the experiments that were queued have ended well; one that fails is told."""
+    deadline = time.monotonic() + 900
+    while (said := dvc(project, "queue", "status")).count("Success") < count:
+        failed = [line.split()[1] for line in said.splitlines() if line.endswith("Failed")]
+        assert not failed, dvc(project, "queue", "logs", failed[0])
+        assert time.monotonic() < deadline, said
+        time.sleep(2)
 
 
 def ended(project: Path, name: str, *arguments: str, **extra: str) -> tuple[int, str]:

@@ -119,8 +119,12 @@ class Cluster:
 
     def job(self, number: str) -> dict[str, str]:
         """JobState, Reason, ExitCode and all else of a job, which Slurm forgets after a day."""
-        fields = self.run("scontrol", "--oneliner", "show", "job", number).stdout.split()
-        return dict(field.split("=", 1) for field in fields if "=" in field)
+        return _fields(self.run("scontrol", "--oneliner", "show", "job", number).stdout)
+
+    def jobs(self) -> list[dict[str, str]]:
+        """All jobs, as `job` has each."""
+        lines = self.run("scontrol", "--oneliner", "show", "job").stdout.splitlines()
+        return [_fields(line) for line in lines]
 
     def output(self, number: str) -> str:
         """What a job has printed so far."""
@@ -221,6 +225,10 @@ class Cluster:
             self.kill_node(name)
         self._kill("munged")
         self._temporary.cleanup()
+
+
+def _fields(line: str) -> dict[str, str]:
+    return dict(field.split("=", 1) for field in line.split() if "=" in field)
 
 
 def _kill_all(chosen: Callable[[dict[str, Any]], bool]) -> None:

@@ -58,6 +58,7 @@ class Slurm(LauncherParams, Job):
     The keys of a job are those of the training.
     """
 
+    nodes: Few = 1
     prepare: Job | None = None
     evaluate: Job | None = None
 
@@ -67,7 +68,7 @@ class Slurm(LauncherParams, Job):
         return self.nodes
 
     def meeting(self) -> Meeting:
-        """See LauncherParams; it is only known in the job."""
+        """See LauncherParams; only a job knows it."""
         return slurm.meeting() if self.nodes > 1 else ALONE
 
     def job(self, stage: str) -> Job | None:

@@ -5,6 +5,7 @@ Source: https://slurm.schedmd.com/sbatch.html
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -15,19 +16,28 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from pipeline.errors import INTERRUPTED, InputError
+from pipeline.interruption import SIGNALS
 from pipeline.launchers.torchrun import Meeting
-from pipeline.params import Few, Section, main_checkout
+from pipeline.params import Section, main_checkout
 
-POLL = 1.0  # seconds between two questions to Slurm
+POLL = 2.0  # seconds between two questions to Slurm
 SILENCE = 600.0  # seconds for which Slurm may be unable to answer
 ENDING = 90.0  # seconds that a cancelled job may take for its last state
 WARNING = 60  # seconds before the time limit at which a job is told
 IN_JOB = "INSTEP_JOB"  # in the environment of what runs in a job of ours
 
 UNENDED = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED"}
-UNENDED |= {"REQUEUE_HOLD", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "PREEMPTED"}
+UNENDED |= {"REQUEUE_HOLD", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED"}
 NO_MEMORY = ("oom-kill", "oom_kill", "exceeded memory limit", "Exceeded job memory limit")
+CUT_SHORT = {
+    "TIMEOUT": "came to its time limit",
+    "PREEMPTED": "had to make way",
+    "NODE_FAIL": "lost a node",
+}
 
+# --ntasks-per-node is one: torchrun starts the processes of a node. srun does not know by itself
+# how many cores sbatch was asked for: https://slurm.schedmd.com/srun.html#OPT_cpus-per-task
+STEP = "srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} "
 
 FIRST_PORT, PORTS = 20_000, 10_000  # where nodes meet, by the job's number
 
@@ -37,18 +47,22 @@ Text = Annotated[str, Field(min_length=1)]
 class Job(Section):
     """What Slurm is asked for, in the words of sbatch; `options` are more of its own."""
 
-    nodes: Few = 1
     partition: Text | None = None
     account: Text | None = None
-    time: Text | None = None
+    time: Text | Annotated[int, Field(ge=1)] | None = None
     gres: Text | None = None
     options: tuple[Text, ...] = ()
+
+    @property
+    def machines(self) -> int:
+        """How many nodes."""
+        return 1
 
     def asked(self) -> list[str]:
         """The options of sbatch."""
         named = {name: getattr(self, name) for name in ("partition", "account", "time", "gres")}
         set_ = [f"--{name}={value}" for name, value in named.items() if value]
-        return [f"--nodes={self.nodes}", *set_, *self.options]
+        return [f"--nodes={self.machines}", *set_, *self.options]
 
 
 class Ended(NamedTuple):
@@ -79,8 +93,8 @@ def run_as_job(
 ) -> None:
     """Run `python -m module arguments` as a job, show what it says, and return when it is done.
 
-    A job that its time limit has ended is followed by another one, if it has got on: that is so
-    where `moved()` has another value than before it.
+    A job that its time limit, a more urgent one or the loss of a node has ended is followed by
+    another one, if it has got on: that is so where `moved()` has another value than before it.
 
     Raises:
         SystemExit: the job has failed; the text says why.
@@ -93,87 +107,89 @@ def run_as_job(
         if ended.state == "COMPLETED":
             ended.log.unlink(missing_ok=True)
             return
-        limit = ended.state == "TIMEOUT" or ended.code == INTERRUPTED
-        if not limit or moved() == before:
-            sys.exit(_why(ended, job))
-        _say(f"job {ended.number} has come to its time limit; another one goes on")
+        cut = CUT_SHORT.get(ended.state)
+        if ended.state == "FAILED" and ended.code == INTERRUPTED:  # warned, it has ended by itself
+            cut = CUT_SHORT["TIMEOUT"]
+        if cut is None or moved() == before:
+            sys.exit(_why(ended, cut, job))
+        _say(f"job {ended.number} {cut}; another one goes on")
 
 
 def _run(module: str, arguments: Sequence[str], job: Job) -> Ended:
     folder = main_checkout() / ".dvc" / "tmp" / "instep-jobs"
     folder.mkdir(parents=True, exist_ok=True)
-    command = shlex.join([sys.executable, "-u", "-m", module, *arguments])
-    step = f"srun --ntasks-per-node=1 --kill-on-bad-exit=1 {command}"
-    number = _ask(
-        "sbatch",
-        "--parsable",
-        f"--job-name=instep-{module.rpartition('.')[2]}",
-        "--ntasks-per-node=1",
-        f"--output={folder}/%j.log",
-        "--open-mode=append",
-        "--requeue",
-        f"--signal=USR1@{WARNING}",
-        f"--export=ALL,{IN_JOB}=1",
-        *job.asked(),
-        "--wrap",
-        step,
-    ).partition(";")[0]
-    _say(f"submitted as job {number}")
-    follower = _Follower(number, folder / f"{number}.log")
+    follower = None
     try:
+        # Signals wait until the number is known: nobody would cancel a job that has none.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            answer = _ask(
+                "sbatch",
+                "--parsable",
+                f"--job-name=instep-{module.rpartition('.')[2]}",
+                "--ntasks-per-node=1",
+                f"--output={folder}/%j.log",
+                "--open-mode=append",
+                "--requeue",
+                f"--signal=USR1@{WARNING}",
+                f"--export=ALL,{IN_JOB}=1",
+                *job.asked(),
+                "--wrap",
+                STEP + shlex.join([sys.executable, "-u", "-m", module, *arguments]),
+            )
+            follower = _Follower(answer.partition(";")[0], folder)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return follower.wait()
     except BaseException:
-        _say(f"job {number} is being cancelled")
-        _ask("scancel", number)
-        follower.wait(ENDING)
+        if follower is not None:
+            follower.cancel()
         raise
 
 
 class _Follower:
     """Shows what a job says, and what becomes of it."""
 
-    def __init__(self, number: str, path: Path) -> None:
-        self._number, self._path = number, path
-        self._said, self._shown = "", 0
+    def __init__(self, number: str, folder: Path) -> None:
+        self._number, self._path = number, folder / f"{number}.log"
+        self._told, self._shown = "", 0
+        self._tell("is submitted")
 
     def wait(self, limit: float = float("inf")) -> Ended:
         """Until the job has ended, or so many seconds."""
         begun = heard = time.monotonic()
         while True:
             try:
-                job = _job(self._number)
+                job = _fields(_ask("scontrol", "--oneliner", "show", "job", self._number))
                 heard = time.monotonic()
             except InputError:
                 if time.monotonic() - heard > SILENCE:
                     raise
                 time.sleep(POLL)
                 continue
-            self._tell(job)
+            self._tell(_becomes(job))
             self._show()
-            state = job["JobState"]
-            if state not in UNENDED or time.monotonic() - begun > limit:
+            if job["JobState"] not in UNENDED or time.monotonic() - begun > limit:
                 said = self._path.read_text(errors="replace") if self._path.exists() else ""
-                code, _, by_signal = job["ExitCode"].partition(":")
-                number = int(code) or (128 + int(by_signal) if int(by_signal or 0) else 0)
-                return Ended(self._number, state, number, said, self._path)
+                code, by_signal = map(int, job["ExitCode"].split(":"))
+                code = code or (128 + by_signal if by_signal else 0)
+                return Ended(self._number, job["JobState"], code, said, self._path)
             time.sleep(POLL)
 
-    def _tell(self, job: dict[str, str]) -> None:
-        match job["JobState"]:
-            case "RUNNING":
-                told = f"runs on {job['NodeList']}"
-            case "PENDING" if job.get("Restarts", "0") != "0":
-                told = f"was taken from its nodes, and waits for others ({job['Reason']})"
-            case "PENDING":
-                told = f"waits ({job['Reason']})"
-            case _:
-                return
-        if told != self._said:
-            self._said = told
+    def cancel(self) -> None:
+        """End the job, which may save its state before."""
+        self._tell("is being cancelled")
+        _ask("scancel", self._number)
+        self.wait(ENDING)
+
+    def _tell(self, told: str) -> None:
+        """Say what becomes of the job, once."""
+        if told and told != self._told:
+            self._told = told
             _say(f"job {self._number} {told}")
 
     def _show(self) -> None:
-        """What the job has said since."""
+        """Show what the job has said since."""
         if self._path.exists():
             with self._path.open(errors="replace") as file:
                 file.seek(self._shown)
@@ -181,8 +197,17 @@ class _Follower:
                 self._shown = file.tell()
 
 
-def _job(number: str) -> dict[str, str]:
-    return _fields(_ask("scontrol", "--oneliner", "show", "job", number))
+def _becomes(job: dict[str, str]) -> str:
+    """What is worth saying of an unended job."""
+    match job["JobState"]:
+        case "RUNNING":
+            return f"runs on {job['NodeList']}"
+        case "PENDING" if job.get("Restarts", "0") != "0":
+            return f"was taken from its nodes, and waits for others ({job['Reason']})"
+        case "PENDING":
+            return f"waits ({job['Reason']})"
+        case _:
+            return ""
 
 
 def _fields(line: str) -> dict[str, str]:
@@ -213,20 +238,16 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _why(ended: Ended, job: Job) -> str:
+def _why(ended: Ended, cut: str | None, job: Job) -> str:
     """The reason why a job has failed, and what to do."""
-    told = f"job {ended.number}"
-    tail = ended.said[-4000:]
-    if ended.state == "OUT_OF_MEMORY" or any(text in tail for text in NO_MEMORY):
-        return f"error: {told} ran out of memory; ask for more: launcher.options: ['--mem=...']"
-    if ended.state == "TIMEOUT" or ended.code == INTERRUPTED:
+    told = f"error: job {ended.number}"
+    if ended.state == "OUT_OF_MEMORY" or any(text in ended.said[-4000:] for text in NO_MEMORY):
+        return f"{told} ran out of memory; ask for more: launcher.options: ['--mem=...']"
+    if cut == CUT_SHORT["TIMEOUT"]:
         asked = job.time or "the partition's"
-        return (
-            f"error: {told} came to its time limit ({asked}) before it could save anything; give "
-            "it more: launcher.time"
-        )
-    if ended.state == "CANCELLED":
-        return f"error: {told} was cancelled; the same command does what is left"
+        return f"{told} {cut} ({asked}) before it could save anything; raise launcher.time"
+    if cut is not None:
+        return f"{told} {cut}; the same command does what is left"
     if ended.state == "FAILED":
-        return f"error: {told} failed with exit code {ended.code}; {ended.log} has what it said"
-    return f"error: {told} ended as {ended.state}; the same command does what is left"
+        return f"{told} failed with exit code {ended.code}; {ended.log} has what it said"
+    return f"{told} ended as {ended.state}; the same command does what is left"

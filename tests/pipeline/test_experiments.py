@@ -4,14 +4,13 @@ import csv
 import io
 import json
 import re
-import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from tests.project import commit, dvc, make_project, query, run, set_params, stage
+from tests.project import commit, dvc, make_project, query, run, set_params, stage, wait_for_queue
 
 GOOD, BAD = 0.05, 1e-7  # learning rates
 # The experiments by learning rate and seed: two seeds of a training that learns, and of one that
@@ -36,24 +35,15 @@ def project(folder: Path) -> Path:
     make_project(folder, {"train": 12, "val": 2, "test": 12}, **changes)
     colour_by_class(folder / "data/feet")
     first = "two-processes"
-    dvc(folder, "exp", "run", "-n", first, *overrides(first), "-S", "train.gpus=2")
+    dvc(folder, "exp", "run", "-n", first, *overrides(first), "-S", "train.gpus=2", "evaluate")
     set_params(folder, {"train.gpus": 1})
     commit(folder, "Trained")
     for name in ("queued", "waiting"):
-        dvc(folder, "exp", "run", "--queue", "-n", name, *overrides(name))
+        dvc(folder, "exp", "run", "--queue", "-n", name, *overrides(name), "evaluate")
     dvc(folder, "queue", "start")
-    dvc(folder, "exp", "run", "--temp", "-n", "temporary", *overrides("temporary"))
+    dvc(folder, "exp", "run", "--temp", "-n", "temporary", *overrides("temporary"), "evaluate")
     wait_for_queue(folder, 2)
     return folder
-
-
-def wait_for_queue(project: Path, count: int) -> None:
-    deadline = time.monotonic() + 900
-    while (said := dvc(project, "queue", "status")).count("Success") < count:
-        failed = [line.split()[1] for line in said.splitlines() if line.endswith("Failed")]
-        assert not failed, dvc(project, "queue", "logs", failed[0])
-        assert time.monotonic() < deadline, said
-        time.sleep(2)
 
 
 def colour_by_class(root: Path) -> None:
@@ -83,7 +73,7 @@ def test_every_way_of_running_is_one_run_in_one_store(project: Path) -> None:
     assert sorted(tags(project, "dvc.exp_name")) == sorted(EXPERIMENTS)
     assert sorted(tags(project, "world_size")) == ["1", "1", "1", "2"]
 
-    said = dvc(project, "exp", "run", "-n", "cached", *overrides("queued"))
+    said = dvc(project, "exp", "run", "-n", "cached", *overrides("queued"), "evaluate")
     assert "Running stage" not in said
     assert len(tags(project, "world_size")) == len(EXPERIMENTS)
     assert query(project, "SELECT DISTINCT status FROM runs") == [("FINISHED",)]

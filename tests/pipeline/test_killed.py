@@ -92,7 +92,7 @@ def curves(project: Path) -> dict[tuple[str, int], float]:
 @pytest.fixture(scope="module")
 def uninterrupted(folder: Path) -> Path:
     make_project(folder, {"train": 10, "val": 3, "test": 3}, **CHANGES)
-    dvc(folder, "repro")
+    dvc(folder, "repro", "evaluate")
     return folder
 
 
@@ -102,11 +102,11 @@ def test_kills_at_random_moments_change_nothing(uninterrupted: Path, tmp_path: P
     for kill in range(KILLS):
         low = 6 + kill * (ITERATIONS - 10) // KILLS
         target = rng.randint(low, low + 5)
-        process = start(project, "dvc", "repro")
+        process = start(project, "dvc", "repro", "evaluate")
         wait_for(project, target, process, kill)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    dvc(project, "repro")
+    dvc(project, "repro", "evaluate")
     log = (project / "outputs/train.log").read_text()
     continued = [int(found) for found in re.findall(r"continuing at iteration (\d+)", log)]
     assert len(continued) == KILLS
@@ -127,11 +127,11 @@ def test_a_killed_experiment_goes_on_in_another_workspace(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
     project = make_project(tmp_path, {"train": 10, "val": 3, "test": 3}, **CHANGES)
-    process = start(project, "dvc", "exp", "run", "--temp")
+    process = start(project, "dvc", "exp", "run", "--temp", "evaluate")
     wait_for(project, 20, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    said = dvc(project, "exp", "run", "--temp", "-n", "again")
+    said = dvc(project, "exp", "run", "--temp", "-n", "again", "evaluate")
     assert int(re.search(r"continuing at iteration (\d+)", said)[1]) >= 15
     assert query(project, "SELECT status FROM runs") == [("FINISHED",)]
     assert curves(project) == curves(uninterrupted)
@@ -195,7 +195,7 @@ def test_killing_dvc_alone_leaves_no_process(prepared: Path, shell: str) -> None
 def test_repro_with_force_trains_anew(uninterrupted: Path) -> None:
     before = file_md5(uninterrupted / "outputs/checkpoints/last.pt")
     set_params(uninterrupted, {"train.iterations": 4, "train.schedule.warmup_iters": 0})
-    dvc(uninterrupted, "repro")
+    dvc(uninterrupted, "repro", "evaluate")
     dvc(uninterrupted, "repro", "--force", "train")
     log = uninterrupted / "outputs/train.log"
     assert "continuing" not in log.read_text()

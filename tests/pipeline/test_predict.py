@@ -23,7 +23,8 @@ WEIGHTS = "outputs/checkpoints/model.safetensors"
 def project(folder: Path) -> Path:
     """A finished training."""
     make_project(folder, {"train": 8, "val": 3, "test": 4}, **{"model.head.name": "fcn"})
-    dvc(folder, "repro")
+    for name in ("prepare", "train", "evaluate"):
+        stage(folder, name)
     return folder
 
 

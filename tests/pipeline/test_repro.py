@@ -154,7 +154,7 @@ def test_another_evaluation_is_another_run(project: Path) -> None:
     weights = (project / "outputs/checkpoints/last.pt").stat().st_mtime_ns
     set_params(project, {"evaluation.flip": True})
     assert planned(project) == "evaluate"
-    dvc(project, "repro")
+    dvc(project, "repro", "evaluate")
     assert (project / "outputs/checkpoints/last.pt").stat().st_mtime_ns == weights
     _, second = runs(project)
     assert (points(project, first), parameters(project, first), tags(project, first)) == before
@@ -162,7 +162,7 @@ def test_another_evaluation_is_another_run(project: Path) -> None:
     assert parameters(project, second)["evaluation.flip"] == "True"
     assert points(project, second)["test/mean_iou", 0] == metrics(project)["mean_iou"]
     set_params(project, {"evaluation.flip": False})
-    dvc(project, "repro")
+    dvc(project, "repro", "evaluate")
     assert len(runs(project)) == 2
 
 
@@ -180,7 +180,7 @@ def test_bad_parameters_and_bad_data_stop_before_the_training(project: Path) -> 
     assert "foot 01.png" in said
     assert "Running stage 'train'" not in said
     target.write_bytes(original)
-    dvc(project, "repro")
+    dvc(project, "repro", "evaluate")
     assert file_md5(weights) == before
 
 
@@ -206,7 +206,7 @@ def test_training_goes_on_from_a_checkpoint_or_starts_from_its_weights(project: 
     assert "copy it elsewhere" in dvc(project, "repro", "train", check=False)
     changes = {"train.load_from": None, "train.iterations": 8, "train.validate": False}
     set_params(project, changes)
-    dvc(project, "repro")
+    dvc(project, "repro", "evaluate")
     assert not (project / "outputs/checkpoints/best.pt").exists()
     assert metrics(project)["mean_iou"] >= 0
 
@@ -219,7 +219,7 @@ def test_a_checkpoint_of_mmsegmentation_is_measured_without_training(project: Pa
     before = metrics(project)
     set_params(project, {"train.load_from": "pspnet.pth", "train.iterations": 0})
     set_params(project, {"train.validate": True})  # there is no iteration to validate after
-    dvc(project, "repro")
+    dvc(project, "repro", "evaluate")
     assert metrics(project) == before
     measured = torch.load(project / "outputs/checkpoints/last.pt", weights_only=True)
     assert measured["iteration"] == 0

@@ -27,7 +27,7 @@ def project(folder: Path) -> Path:
     """A finished training, and the stage's first run."""
     changes = {"model.head.name": "fcn", "tracking.registered_model": "feet"}
     make_project(folder, {"train": 8, "val": 3, "test": 4}, **changes)
-    dvc(folder, "repro")
+    dvc(folder, "repro", "evaluate")
     assert not (folder / "outputs/export/metrics.json").exists()
     said = dvc(folder, "repro", "export/dvc.yaml")
     assert "Stage 'train' didn't change" in said

@@ -4,6 +4,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,17 @@ import torch
 
 from pipeline.disk import file_md5
 from tests.faults.stage import end_of, said, started, state_of, wait_for
-from tests.project import NETWORKS, ended, make_project, set_params, stage
+from tests.project import (
+    NETWORKS,
+    commit,
+    dvc,
+    ended,
+    make_project,
+    query,
+    set_params,
+    stage,
+    wait_for_queue,
+)
 from tests.slurm import Cluster
 
 EQUAL = ("checkpoints/best.pt", "checkpoints/last.pt", "val.tsv")
@@ -59,7 +70,7 @@ def md5s(project: Path) -> list[str]:
 
 def job_of(project: Path) -> str:
     """The number of the last job that the stage has submitted."""
-    return re.findall(r"submitted as job (\d+)", said(project))[-1]
+    return re.findall(r"job (\d+) is submitted", said(project))[-1]
 
 
 def test_a_job_of_two_nodes_trains_as_one_process_does(
@@ -74,6 +85,29 @@ def test_a_job_of_two_nodes_trains_as_one_process_does(
     )
     for name, weight in two.items():
         torch.testing.assert_close(weight, one[name], rtol=0, atol=1e-9)
+
+
+def test_four_experiments_are_jobs_two_at_a_time(
+    prepared: Path, cluster: Cluster, tmp_path: Path
+) -> None:
+    """By DVC's queue; prepare and evaluate are jobs, too, of another partition."""
+    there = {"partition": "cpu"}
+    jobs = {"launcher.prepare": there, "launcher.evaluate": there, "train.iterations": 12}
+    project = clone(prepared, tmp_path / "clone", **jobs)
+    commit(project, "Jobs")
+    for seed in range(4):
+        dvc(project, "exp", "run", "--queue", "-S", f"train.seed={seed}", "evaluate")
+    dvc(project, "queue", "start", "-j", "2", **cluster.environment)
+    wait_for_queue(project, 4)
+    done = [job for job in cluster.jobs() if job["WorkDir"].startswith(str(project))]
+    assert {job["JobState"] for job in done} == {"COMPLETED"}
+    of = {job["JobName"]: job["Partition"] for job in done}
+    assert of == {"instep-prepare": "cpu", "instep-train": "gpu", "instep-evaluate": "cpu"}
+    times = [(job["StartTime"], job["EndTime"]) for job in done if job["JobName"].endswith("train")]
+    assert len(times) == 4
+    times.sort()
+    assert any(later < end for (_, end), (later, _) in pairwise(times))
+    assert len(query(project, "SELECT run_uuid FROM runs WHERE status = 'FINISHED'")) == 4
 
 
 def test_ctrl_c_cancels_the_job_which_saves_its_state(
@@ -98,7 +132,7 @@ def test_a_job_that_its_time_limit_ends_is_followed_by_another(
         first = job_of(project)
         cluster.run("scancel", "--signal=USR1", first)  # what it gets before its limit
         assert end_of(process) == 0, said(project)
-    assert "has come to its time limit; another one goes on" in said(project)
+    assert "came to its time limit; another one goes on" in said(project)
     assert job_of(project) != first
     assert md5s(project) == md5s(trained[0])
 

@@ -66,7 +66,7 @@ def project(folder: Path) -> Path:
     """A finished training, measured on the split that it was validated on, in another way."""
     changes = {"evaluation.split": "val", "evaluation.flip": True, "evaluation.scales": [1.0, 1.5]}
     make_project(folder, COUNTS, **changes)
-    dvc(folder, "repro")
+    dvc(folder, "repro", "evaluate")
     return folder
 
 

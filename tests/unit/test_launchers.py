@@ -22,7 +22,12 @@ def test_machines_meet_at_the_endpoint():
     ("launcher", "said"),
     [
         ({"name": "lokal"}, "launcher: name 'lokal' is unknown; did you mean local?"),
-        ({"name": "local", "nodes": 2}, "local has no parameter nodes; it belongs to torchrun"),
+        (
+            {"name": "local", "nodes": 2},
+            "local has no parameter nodes; it belongs to torchrun, slurm",
+        ),
+        ({"name": "slurm", "time": "8:00", "gpus": 8}, "slurm has no parameter gpus"),
+        ({"name": "slurm", "nodes": 3}, "launcher.nodes x train.gpus x train.accumulation = 3 x 1"),
         ({"name": "torchrun", "nodes": 2}, "launcher.endpoint: missing"),
         (TORCHRUN | {"endpoint": "host"}, 'launcher.endpoint: "host" String should match'),
         (TORCHRUN | {"nodes": 0}, "launcher.nodes: 0 should be greater than or equal to 1"),
@@ -54,3 +59,16 @@ def test_a_place_that_others_can_t_reach_is_refused(
     monkeypatch.setattr(socket, "gethostbyname", found)
     with pytest.raises(InputError, match=said):
         hand_over("none", 1, meeting=Meeting(2, "first", 29500))
+
+
+def test_what_is_a_job_of_slurm_is_none_within_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("INSTEP_JOB", raising=False)
+    launcher = params(
+        {"launcher": {"name": "slurm", "time": 90, "evaluate": {"gres": "gpu:1"}}}
+    ).launcher
+    assert launcher.job("train").time == 90
+    assert launcher.job("evaluate").gres == "gpu:1"
+    assert launcher.job("prepare") is None
+    monkeypatch.setenv("INSTEP_JOB", "1")
+    assert launcher.job("train") is None
+    assert launcher.meeting() == ALONE
