@@ -4,15 +4,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain, combinations
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import accumulate, combinations
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Self
 
 import cv2
 import numpy as np
@@ -23,8 +24,8 @@ from pipeline.data.formats import Reader, Record
 from pipeline.data.params import DataParams
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import SUMMARY, Index, Split, spread, write_index
-from pipeline.data.table import Array, Entries, Entry
-from pipeline.disk import FORMAT, write_json
+from pipeline.data.table import Array, Entries, Entry, TableWriter
+from pipeline.disk import FORMAT, write_json, writing
 from pipeline.errors import InputError, counted, shown
 from pipeline.params import plain
 
@@ -37,27 +38,102 @@ SIDE, ALIKE = 16, 32
 LOWEST = np.cos(np.pi / (4 * SIDE) * np.outer(np.arange(SIDE), np.arange(4 * SIDE) + 0.5))
 
 
+# What is compared of records, a row for each: hashes of the name and of the pixels of image and
+# target, which others share seldom; and the perceptual hash of the image, which is alike where
+# images are.
+MARKS = np.dtype(
+    [("name", "<u8"), ("image", "<u8"), ("target", "<u8"), ("look", "<u8", SIDE**2 // 64)]
+)
+Marks = NDArray[np.void]  # (R,) of MARKS
+CHUNK = 2**14  # perceptual hashes that are compared at once, and fit into a cache
+
+
 @dataclass
 class Shard:
     """What the packing of one shard found.
 
-    `ids` are those of its targets' files, before they become classes. `sums` and `target_sums` are
-    those of each entry's pixels, which equal images have in common and others seldom; `looks` are
-    perceptual hashes of the images, which are alike where these are.
-    `histogram` counts the pixels of each id, `shown` the labelled ones of the images that show it.
+    `ids` are those of its targets' files, before they become classes. `histogram` counts the pixels
+    of each id, `shown` the labelled ones of the images that show it. `content` is what the
+    records add to the identity of the data set.
     """
 
     name: str
     split: str
     md5: str
-    entries: list[Entry] = field(default_factory=list)
-    ids: set[int] = field(default_factory=set)
-    sums: list[int] = field(default_factory=list)
-    target_sums: list[int] = field(default_factory=list)
-    looks: list[bytes] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
-    shown: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
+    entries: Entries
+    marks: Marks
+    ids: set[int]
+    problems: list[str]
+    histogram: NDArray[np.int64]
+    shown: NDArray[np.int64]
+    content: int
+
+
+class Audit:
+    """What the shards hold together, split by split in the order of SPLITS.
+
+    The rows and marks of the records lie in the folder `draft`: memory may not hold them all.
+    """
+
+    def __init__(self, folder: Path, draft: Path) -> None:
+        self.folder, self._draft = folder, draft
+        self._table = TableWriter(draft)
+        self._marks = (draft / "marks").open("wb")
+        self.counts = dict.fromkeys(SPLITS, 0)
+        self.histograms = {split: np.zeros(256, np.int64) for split in SPLITS}
+        self.shown = {split: np.zeros(256, np.int64) for split in SPLITS}
+        self.md5s: dict[str, str] = {}
+        self.ids: set[int] = set()
+        self.problems: list[str] = []
+        self.content = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._table.close()
+        self._marks.close()
+
+    def add(self, shard: Shard) -> None:
+        """Take the next shard in."""
+        self._table.add(shard.entries)
+        with writing(Path(self._marks.name)):
+            self._marks.write(shard.marks.data)
+        self.counts[shard.split] += len(shard.entries)
+        self.histograms[shard.split] += shard.histogram
+        self.shown[shard.split] += shard.shown
+        self.md5s[shard.name] = shard.md5
+        self.ids |= shard.ids
+        self.problems += shard.problems
+        self.content = (self.content + shard.content) % 2**128
+
+    @property
+    def places(self) -> dict[str, slice]:
+        """Where the records of each split are among all."""
+        ends = accumulate(self.counts.values())
+        return {
+            split: slice(end - count, end)
+            for (split, count), end in zip(self.counts.items(), ends, strict=True)
+        }
+
+    @cached_property
+    def entries(self) -> Entries:
+        """Those of all records, once all shards are there."""
+        if not sum(self.counts.values()):
+            return Entries.of(())
+        return Entries.mapped(self._draft, self._table.shards)
+
+    @cached_property
+    def marks(self) -> Marks:
+        """Those of all records, once all shards are there."""
+        if not sum(self.counts.values()):
+            return np.empty(0, MARKS)
+        return np.memmap(self._draft / "marks", MARKS, "r")
+
+    def histogram(self, split: str, num_classes: int) -> NDArray[np.int64]:
+        """Pixels of each class, and after them the ignored ones: (C+1,)."""
+        total = self.histograms[split]
+        return np.append(total[:num_classes], total[num_classes:].sum())
 
 
 def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], None]) -> list[str]:
@@ -81,7 +157,6 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
         except OSError as error:
             error.filename = str(folder)  # it has a name without its folder
             raise
-    folder.mkdir(parents=True)
     jobs, total = [], 0
     for split in SPLITS:
         own = [record for record in records if record.split == split]
@@ -90,41 +165,41 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
         for start in range(0, len(own), RECORDS_PER_SHARD):
             batch = own[start : start + RECORDS_PER_SHARD]
             jobs.append((f"{split}-{start // RECORDS_PER_SHARD:05}.bin", batch))
-    pack = partial(_pack, reader, folder, params)
-    shards = []
+    folder.mkdir(parents=True)
+    with TemporaryDirectory(prefix="audit-", dir=folder) as draft:
+        with Audit(folder, Path(draft)) as audit:
+            for shard in _packed(partial(_pack, reader, folder, params), jobs):
+                audit.add(shard)
+                progress(sum(audit.counts.values()), total)
+        problems += audit.problems + _twice(audit) + _shared_images(audit)
+        histograms = {split: audit.histogram(split, len(params.classes)) for split in SPLITS}
+        labelled = [split for split in SPLITS if histograms[split][:-1].any()]
+        if not problems:  # else an empty split only follows from them
+            problems += _empty(params, labelled, histograms["train"])
+            if problems:
+                problems += _black_and_white(params, audit.ids)
+        if not problems:
+            return _write_index(params, audit, labelled)
+    for name in audit.md5s:
+        (folder / name).unlink()
+    lines = "\n".join(f"  {shown(problem)}" for problem in problems)
+    count = counted(len(problems), "problem")
+    raise InputError(f"{params.root}: {count} in the data set:\n{lines}")
+
+
+def _packed(
+    pack: Callable[[str, list[Record]], Shard], jobs: list[tuple[str, list[Record]]]
+) -> Iterator[Shard]:
+    """The shards in order, which processes pack, one for each core."""
     context = get_context("spawn")  # a fork copies OpenCV's threads in the middle of their work
     with ProcessPoolExecutor(os.cpu_count(), context) as pool:
         try:
-            for shard in pool.map(pack, *zip(*jobs, strict=True)) if jobs else ():
-                shards.append(shard)
-                progress(sum(len(one.entries) for one in shards), total)
+            yield from pool.map(pack, *zip(*jobs, strict=True)) if jobs else ()
         except BaseException:  # else what is being packed, a minute of it, would be waited for
             pool.shutdown(wait=False, cancel_futures=True)
             for process in active_children():
                 process.terminate()
             raise
-
-    problems += [problem for shard in shards for problem in shard.problems]
-    problems += _shared_images(folder, shards)
-    histograms = {split: _histogram(shards, split, len(params.classes)) for split in SPLITS}
-    labelled = [split for split in SPLITS if histograms[split][:-1].any()]
-    if not problems:  # else an empty split only follows from them
-        problems += _empty(params, labelled, histograms["train"])
-        if problems:
-            problems += _black_and_white(params, shards)
-    if problems:
-        for shard in shards:
-            (folder / shard.name).unlink()
-        lines = "\n".join(f"  {shown(problem)}" for problem in problems)
-        count = counted(len(problems), "problem")
-        raise InputError(f"{params.root}: {count} in the data set:\n{lines}")
-    for shard in shards:
-        if shard.split not in labelled:  # a test whose labels are withheld
-            (folder / shard.name).unlink()
-    shards = [shard for shard in shards if shard.split in labelled]
-    warnings = [shown(line) for line in _alike(shards)]
-    _write_index(params, folder, shards, warnings)
-    return warnings
 
 
 def _pack(
@@ -132,21 +207,24 @@ def _pack(
 ) -> Shard:
     """Read, judge and write the records of one shard. Runs in a worker process."""
     cv2.setNumThreads(1)
-    shard = Shard(name, records[0].split, "")
+    entries, marks = [], []
+    ids: set[int] = set()
+    problems = []
+    total, labelled = np.zeros(256, np.int64), np.zeros(256, np.int64)
     digest = hashlib.md5()
-    offset = 0
+    offset = content = 0
     table = _packing(params)
     with (folder / name).open("wb") as file:
         for record in records:
             try:
-                image, ids = reader.read(record)
-                counts = id_counts(ids)
-                _judge(record, image, ids.shape, counts=counts, params=params)
+                image, raw = reader.read(record)
+                counts = id_counts(raw)
+                _judge(record, image, raw.shape, counts=counts, params=params)
             except InputError as error:
-                shard.problems.append(str(error))
+                problems.append(str(error))
                 continue
-            shard.ids.update(np.flatnonzero(counts).tolist())
-            target = cv2.LUT(ids.astype(np.uint8, copy=False), table)
+            ids.update(np.flatnonzero(counts).tolist())
+            target = cv2.LUT(raw.astype(np.uint8, copy=False), table)
             height, width = target.shape
             histogram = np.zeros(256, np.int64)
             np.add.at(histogram, table[: len(counts)], counts)
@@ -160,17 +238,36 @@ def _pack(
                 width=width,
                 classes=classes,
             )
-            shard.entries.append(entry)
-            shard.sums.append(_pixel_sum(image))
-            shard.target_sums.append(_pixel_sum(np.asarray(target, np.uint8)))
-            shard.looks.append(_look(image))
-            shard.histogram += histogram
-            shard.shown += (histogram > 0) * histogram[: len(params.classes)].sum()
+            entries.append(entry)
+            sums = _pixel_sum(image), _pixel_sum(np.asarray(target, np.uint8))
+            marks.append((_hash(record.name), *sums, _look(image)))
+            content += _number(json.dumps([record.name, *sums]))
+            total += histogram
+            labelled += (histogram > 0) * histogram[: len(params.classes)].sum()
             for part in (np.ascontiguousarray(image), target):  # a tile may be a view
                 digest.update(part.data)
                 offset += file.write(part.data)
-    shard.md5 = digest.hexdigest()
-    return shard
+    return Shard(
+        name,
+        records[0].split,
+        md5=digest.hexdigest(),
+        entries=Entries.of(entries),
+        marks=np.array(marks, MARKS),
+        ids=ids,
+        problems=problems,
+        histogram=total,
+        shown=labelled,
+        content=content,
+    )
+
+
+def _number(text: str) -> int:
+    """The md5 of a text, 128 bits."""
+    return int.from_bytes(hashlib.md5(text.encode()).digest())
+
+
+def _hash(name: str) -> int:
+    return _number(name) % 2**64
 
 
 def id_counts(ids: Ids) -> NDArray[np.int64]:
@@ -190,15 +287,17 @@ def _pixel_sum(image: Array) -> int:
     return int(pixels[: len(pixels) // 8 * 8].view(np.uint64).sum())
 
 
-def _look(image: Array) -> bytes:
-    """The perceptual hash of an image, SIDE^2 bits: which low frequencies are above their median.
+def _look(image: Array) -> Array:
+    """The perceptual hash of an image: which low frequencies are above their median.
+
+    SIDE^2 bits, as uint64.
 
     Source: https://www.hackerfactor.com/blog/index.php?/archives/432-Looks-Like-It.html (pHash)
     """
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (4 * SIDE, 4 * SIDE), interpolation=cv2.INTER_AREA)
     frequencies = LOWEST @ small @ LOWEST.T
-    return np.packbits(frequencies > np.median(frequencies)).tobytes()
+    return np.packbits(frequencies > np.median(frequencies)).view(np.uint64)
 
 
 def _judge(
@@ -235,58 +334,79 @@ def _packing(params: DataParams) -> Array:
     return table.astype(np.uint8)
 
 
-def _shared_images(folder: Path, shards: list[Shard]) -> list[str]:
-    """Images that are the same, pixel for pixel, in more than one split."""
-    alike: defaultdict[tuple[int, ...], list[tuple[str, Entry]]] = defaultdict(list)
-    for shard in shards:
-        for entry, total in zip(shard.entries, shard.sums, strict=True):
-            alike[entry.height, entry.width, total].append((shard.split, entry))
+def _alike_in(columns: Sequence[NDArray[Any]]) -> list[NDArray[np.intp]]:
+    """The places of rows that are equal in all columns, each time there are several; in order."""
+    order = np.lexsort(columns)
+    begins = np.zeros(len(order), bool)
+    begins[:1] = True
+    for column in columns:
+        values = column[order]
+        begins[1:] |= values[1:] != values[:-1]
+    starts = np.flatnonzero(begins)
+    sizes = np.diff(starts, append=len(order))
+    several = sizes > 1
+    groups = [
+        order[start : start + size]
+        for start, size in zip(starts[several], sizes[several], strict=True)
+    ]
+    return sorted(groups, key=lambda group: int(group[0]))
+
+
+def _twice(audit: Audit) -> list[str]:
+    """Images of one name."""
     problems = []
-    for found in alike.values():
-        if len({split for split, _ in found}) == 1:
+    for places in _alike_in([audit.marks["name"]]):
+        times = Counter(audit.entries[place].name for place in places)
+        problems += [f"image {name!r} is there twice" for name in times if times[name] > 1]
+    return problems
+
+
+def _shared_images(audit: Audit) -> list[str]:
+    """Images that are the same, pixel for pixel, in more than one split."""
+    rows = audit.entries.rows
+    images = Split(audit.folder, audit.entries)
+    ends = [*accumulate(audit.counts.values())]
+    problems = []
+    for found in _alike_in([rows["width"], rows["height"], audit.marks["image"]]):
+        of = [SPLITS[number] for number in np.searchsorted(ends, found, "right")]
+        if len({*of}) == 1:
             continue
-        places: defaultdict[bytes, dict[str, str]] = defaultdict(dict)
-        for split, entry in found:
-            image, _ = Split(folder, [entry])[0]
-            places[hashlib.sha256(image.data).digest()].setdefault(split, entry.name)
+        names: defaultdict[bytes, dict[str, str]] = defaultdict(dict)
+        for split, place in zip(of, found, strict=True):
+            image, _ = images[place]
+            names[hashlib.sha256(image.data).digest()].setdefault(split, audit.entries[place].name)
         problems += [
             "the same image in " + " and ".join(f"{split} ({name})" for split, name in same.items())
-            for same in places.values()
+            for same in names.values()
             if len(same) > 1
         ]
     return problems
 
 
-def _alike(shards: list[Shard]) -> list[str]:
+def _alike(audit: Audit, splits: Sequence[str]) -> list[str]:
     """The images that are nearly one of another split, the most alike first."""
-    names, looks = {}, {}
-    for split in SPLITS:
-        own = [shard for shard in shards if shard.split == split]
-        names[split] = [entry.name for shard in own for entry in shard.entries]
-        held = b"".join(look for shard in own for look in shard.looks)
-        looks[split] = np.frombuffer(held, np.uint64).reshape(-1, SIDE**2 // 64)
+    looks = audit.marks["look"]
     found = []
-    for one, other in combinations([split for split in SPLITS if names[split]], 2):
-        for name, look in zip(names[other], looks[other], strict=True):
-            distances = np.bitwise_count(looks[one] ^ look).sum(axis=1)
-            nearest = int(distances.argmin())
-            if distances[nearest] <= ALIKE:
-                pair = f"{one} ({names[one][nearest]}) and {other} ({name})"
-                found.append((int(distances[nearest]), pair))
+    for one, other in combinations(splits, 2):
+        first, second = audit.places[one], audit.places[other]
+        distances = np.full(second.stop - second.start, SIDE**2)
+        nearest = np.zeros(len(distances), np.intp)
+        for start in range(first.start, first.stop, CHUNK):
+            chunk = looks[start : min(start + CHUNK, first.stop)].T.copy()
+            for place, look in enumerate(looks[second]):
+                bits = np.bitwise_count(chunk ^ look[:, None]).sum(axis=0, dtype=np.uint16)
+                best = bits.argmin()
+                if bits[best] < distances[place]:
+                    distances[place], nearest[place] = bits[best], start + best
+        for index in np.flatnonzero(distances <= ALIKE):
+            like, own = audit.entries[nearest[index]], audit.entries[second.start + index]
+            pair = f"{one} ({like.name}) and {other} ({own.name})"
+            found.append((int(distances[index]), pair))
     return [
         f"nearly the same image in {pair}: {distance} of the {SIDE**2} bits of their perceptual "
         "hashes differ"
         for distance, pair in sorted(found)
     ]
-
-
-def _histogram(shards: list[Shard], split: str, num_classes: int) -> NDArray[np.int64]:
-    """Pixels of each class, and after them the ignored ones: (C+1,)."""
-    total = np.zeros(256, np.int64)
-    for shard in shards:
-        if shard.split == split:
-            total += shard.histogram
-    return np.append(total[:num_classes], total[num_classes:].sum())
 
 
 def _empty(params: DataParams, labelled: list[str], train: NDArray[np.int64]) -> list[str]:
@@ -305,9 +425,8 @@ def _empty(params: DataParams, labelled: list[str], train: NDArray[np.int64]) ->
     return problems
 
 
-def _black_and_white(params: DataParams, shards: list[Shard]) -> list[str]:
+def _black_and_white(params: DataParams, ids: set[int]) -> list[str]:
     """What to do with masks of 0 and 255, the commonest kind, where 255 is to be ignored."""
-    ids = set().union(*(shard.ids for shard in shards))
     if ids != {0, 255} or params.ignore_index != 255 or params.num_ids != 2:
         return []
     return [
@@ -317,53 +436,57 @@ def _black_and_white(params: DataParams, shards: list[Shard]) -> list[str]:
     ]
 
 
-def _content(params: DataParams, shards: list[Shard]) -> str:
+def _content(params: DataParams, audit: Audit) -> str:
     """The identity of the data set, which does not depend on the fold that is val."""
     told = plain(params)
     told["format"].get("splits", {}).pop("fold", None)
     told = {name: value for name, value in told.items() if name not in ("name", "root")}
-    images = sorted(
-        (entry.name, *sums)
-        for shard in shards
-        for entry, *sums in zip(shard.entries, shard.sums, shard.target_sums, strict=True)
-    )
-    return hashlib.md5(json.dumps([told, images]).encode()).hexdigest()
+    return hashlib.md5(json.dumps([told, audit.content]).encode()).hexdigest()
 
 
-def _write_index(
-    params: DataParams, folder: Path, shards: list[Shard], warnings: list[str]
-) -> None:
-    """Write the table and index.json, and summary.json for people."""
-    entries = {
-        split: [entry for shard in shards if shard.split == split for entry in shard.entries]
-        for split in SPLITS
+def _write_index(params: DataParams, audit: Audit, labelled: Sequence[str]) -> list[str]:
+    """Write the table and index.json, and summary.json for people; returns its warnings.
+
+    A split without any label goes: a test whose labels are withheld.
+    """
+    folder, classes = audit.folder, params.classes
+    places = {split: audit.places[split] for split in labelled}
+    with TableWriter(folder) as table:
+        for place in places.values():
+            for start in range(place.start, place.stop, CHUNK):
+                table.add(audit.entries.part(start, min(CHUNK, place.stop - start)))
+    for name in audit.md5s.keys() - {*table.shards}:
+        (folder / name).unlink()
+    warnings = [shown(line) for line in _alike(audit, labelled)]
+    histograms = {
+        split: audit.histogram(split, len(classes)) * (split in labelled) for split in SPLITS
     }
-    histograms = {split: _histogram(shards, split, len(params.classes)) for split in SPLITS}
+    counts = {split: audit.counts[split] * (split in labelled) for split in SPLITS}
     summary = {
         split: {
-            "images": len(entries[split]),
-            "pixels": dict(zip(params.classes, histograms[split][:-1].tolist(), strict=True)),
+            "images": counts[split],
+            "pixels": dict(zip(classes, histograms[split][:-1].tolist(), strict=True)),
             "ignored_pixels": int(histograms[split][-1]),
         }
         for split in SPLITS
     }
     told = {"name": params.name, "splits": summary, "warnings": warnings}
     write_json(folder / SUMMARY, told)
-    shown = np.sum([shard.shown for shard in shards if shard.split == "train"], axis=0)
-    frequency = histograms["train"][:-1] / shown[: len(params.classes)].clip(min=1)
+    frequency = histograms["train"][:-1] / audit.shown["train"][: len(classes)].clip(min=1)
     index = Index(
         format=FORMAT,
         name=params.name,
-        classes=params.classes,
+        classes=classes,
         palette=params.palette,
         ignore_index=params.ignore_index,
         exif=params.exif,
-        content=_content(params, shards),
+        content=_content(params, audit),
         fold=params.format.fold,
         pixels=histograms["train"][:-1].tolist(),
         frequency=frequency.tolist(),
-        shards={shard.name: shard.md5 for shard in shards},
-        table=Entries.of(chain.from_iterable(entries.values())).write(folder),
-        splits={split: len(own) for split, own in entries.items()},
+        shards={name: audit.md5s[name] for name in table.shards},
+        table=table.md5s(),
+        splits=counts,
     )
     write_index(folder, index)
+    return warnings

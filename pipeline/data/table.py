@@ -5,7 +5,6 @@ the processes of a machine share it.
 """
 
 import codecs
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, overload
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.disk import file_md5, write_bytes
+from pipeline.disk import file_md5, writing
 from pipeline.errors import InputError
 
 RECORDS, NAMES = TABLE = ("records.table", "names.txt")
@@ -109,17 +108,10 @@ class Entries(Sequence[Entry]):
         return cls(rows, names, shards, folder=folder)
 
     def write(self, folder: Path) -> dict[str, str]:
-        """Write the two files; returns the md5 of each.
-
-        Raises:
-            InputError: two records have the same name.
-        """
-        (name, times), *_ = Counter(entry.name for entry in self).most_common(1)
-        if times > 1:
-            raise InputError(f"image {name!r} is there twice")
-        for file_name, array in zip(TABLE, (self.rows, self.names), strict=True):
-            write_bytes(folder / file_name, array.data)
-        return {file_name: file_md5(folder / file_name) for file_name in TABLE}
+        """Write them as a folder's table; returns the md5 of each of its two files."""
+        with TableWriter(folder) as table:
+            table.add(self)
+        return table.md5s()
 
     def part(self, first: int, count: int) -> Self:
         """So many of them from one on."""
@@ -205,6 +197,51 @@ class Entries(Sequence[Entry]):
                 raise ValueError("a name begins in the middle of a letter")
         except ValueError:
             raise InputError("the names of its images are no UTF-8") from None
+
+
+class TableWriter:
+    """A folder's table, whose records come part by part; `shards` are those that there are."""
+
+    def __init__(self, folder: Path) -> None:
+        self._paths = [folder / name for name in TABLE]
+        self._files = [path.open("wb") for path in self._paths]
+        self._names = 0  # bytes
+        self.shards: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        for path, file in zip(self._paths, self._files, strict=True):
+            with writing(path):
+                file.close()
+
+    def add(self, part: Entries) -> None:
+        """Append records, which follow one another in a table; a shard may be in two parts."""
+        if not part:
+            return
+        shards = part.used_shards()
+        if shards[0] in self.shards[-1:]:
+            self.shards.pop()
+        begin, last = int(part.rows["name"][0]), part.rows[-1]
+        end = int(last["name"]) + int(last["name_size"]) + int(last["group_size"])
+        names = part.names[begin:end]
+        rows = part.rows.copy()
+        rows["name"] += np.uint64(self._names) - rows["name"][0]  # modulo 2^64
+        rows["shard"] += np.uint32(len(self.shards)) - rows["shard"][0]
+        for path, file, array in zip(self._paths, self._files, (rows, names), strict=True):
+            with writing(path):
+                file.write(array.data)
+        self._names += len(names)
+        self.shards += shards
+
+    def md5s(self) -> dict[str, str]:
+        """Of the two files, once they are closed."""
+        return {path.name: file_md5(path) for path in self._paths}
 
 
 def _mapped_again(folder: Path, shards: Sequence[str], first: int, count: int) -> Entries:

@@ -14,7 +14,7 @@ from pipeline import load_model
 from pipeline.disk import file_md5
 from pipeline.evaluation.report import read_mask
 from tests.faults.stage import started
-from tests.project import dvc, make_project, query, run, stage
+from tests.project import make_project, query, run, stage
 
 WEIGHTS = "outputs/checkpoints/model.safetensors"
 
