@@ -231,8 +231,8 @@ class TableWriter:
         end = int(last["name"]) + int(last["name_size"]) + int(last["group_size"])
         names = part.names[begin:end]
         rows = part.rows.copy()
-        rows["name"] += np.uint64(self._names) - rows["name"][0]  # modulo 2^64
-        rows["shard"] += np.uint32(len(self.shards)) - rows["shard"][0]
+        rows["name"] = rows["name"].astype(np.int64) + (self._names - begin)
+        rows["shard"] = rows["shard"].astype(np.int64) + (len(self.shards) - int(rows["shard"][0]))
         for path, file, array in zip(self._paths, self._files, (rows, names), strict=True):
             with writing(path):
                 file.write(array.data)

@@ -11,6 +11,7 @@ from dvc.repo import Repo
 
 from pipeline.data import audit
 from pipeline.data.store import INDEX, Store
+from pipeline.data.table import Entries, Entry, TableWriter
 from pipeline.disk import FORMAT, file_md5
 from pipeline.yaml12 import read_yaml
 from tests.unit.pairs import data_params, labels, photo, write
@@ -85,3 +86,34 @@ def test_an_index_of_another_version_is_refused_with_the_way_on(
     )
     with pytest.raises(ValueError, match=f"^{re.escape(refusal)}$"):
         Store(tmp_path)
+
+
+def test_a_table_comes_part_by_part(tmp_path: Path):
+    """Three shards in parts of two records, of which the second part holds the end of a shard."""
+    lengths = (3, 1, 2)
+    entries = [
+        Entry(
+            f"{shard}/{number}",
+            "ä" * shard,
+            shard=f"train-{shard}.bin",
+            offset=4 * number,
+            height=1,
+            width=1,
+            classes=(shard,),
+        )
+        for shard, length in enumerate(lengths)
+        for number in range(length)
+    ]
+    whole = Entries.of(entries)
+    with TableWriter(tmp_path) as table:
+        for start in range(0, len(entries), 2):
+            table.add(whole.part(start, 2))
+        table.add(whole.part(0, 0))
+    assert table.shards == ["train-0.bin", "train-1.bin", "train-2.bin"]
+    assert [*Entries.mapped(tmp_path, table.shards)] == entries
+    last = [*whole.part(3, 3)]
+    with TableWriter(tmp_path) as table:
+        table.add(whole.part(3, 3))
+    assert table.shards == ["train-1.bin", "train-2.bin"]
+    assert [*Entries.mapped(tmp_path, table.shards)] == last
+    assert table.md5s() == {path.name: file_md5(path) for path in tmp_path.iterdir()}
