@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.errors import InputError
 
 # The version of every file that this tool writes for itself to read. Raise it with their content.
-FORMAT = 5
+FORMAT = 6
 MODEL = "model.safetensors"  # what predictions need of a training, beside its checkpoints
 
 # Why a file can't be written, where that is for the user to mend, and how.

@@ -16,7 +16,15 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline import distributed
-from pipeline.data.loader import Samples, rare_class_shares
+from pipeline.data.loader import Samples
+from pipeline.data.order import (
+    WINDOW,
+    BlockOrder,
+    ClassOrder,
+    FullOrder,
+    Order,
+    rare_class_shares,
+)
 from pipeline.data.store import PREPARED, Store
 from pipeline.data.transforms import fill_of
 from pipeline.disk import FORMAT, MODEL, write_json
@@ -45,6 +53,7 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.loop import Intervals, Progress, Training
 from pipeline.training.optimization import Learner, build_learner
+from pipeline.training.params import TrainParams
 from pipeline.training.state import (
     LogFile,
     Packed,
@@ -59,6 +68,8 @@ from pipeline.training.state import (
 from stages import at_least_1, keep_freed_memory, run_main
 
 log = logging.getLogger("instep")
+
+ITERATIONS_AHEAD = 16  # at which a shard is asked for that an object store has
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -122,7 +133,7 @@ def run(params: Params, store: Store, device: torch.device, until: int | None) -
         learner = build(params, store, checkpoint, device)
         proper = first and until is None
         tracker = open_run(params, store, state, progress) if proper else Tracker()
-        rare = options.rare_class_temperature
+        order, ahead = order_of(options, store)
         # Lines that are logged appear above the progress bar.
         above = logging_redirect_tqdm([log]) if sys.stderr.isatty() else nullcontext()
         with (
@@ -142,7 +153,8 @@ def run(params: Params, store: Store, device: torch.device, until: int | None) -
                     fill=fill_of(params.model.mean),
                     ignore_index=store.ignore_index,
                     seed=options.seed,
-                    class_shares=rare_class_shares(store.pixels, rare) if rare else None,
+                    order=order,
+                    ahead=ahead,
                 ),
                 validation=store.split("val"),
                 predictor=predictor_of(params, learner),
@@ -184,6 +196,25 @@ def outputs_in(work_dir: Path) -> list[Path]:
     """The files that DVC takes over."""
     names = ("run.json", "train.log", "train.tsv", "val.tsv")
     return [*sorted((work_dir / "checkpoints").iterdir()), *(work_dir / name for name in names)]
+
+
+def order_of(options: TrainParams, store: Store) -> tuple[Order, int]:
+    """The order of the samples, and how many numbers before its turn a shard is asked for.
+
+    Raises:
+        InputError: the order needs shards that this machine has no room for.
+    """
+    split, size = store.split("train"), options.batch_size
+    if options.shuffle == "blocks":
+        sizes = split.entries.shard_sizes()
+        return BlockOrder(sizes, size, options.seed), 0 if store.is_local else WINDOW * size
+    store.require_room("train")
+    ahead = 0 if store.is_local else ITERATIONS_AHEAD * size
+    if options.rare_class_temperature is None:
+        return FullOrder(len(split), options.seed), ahead
+    shares = rare_class_shares(store.pixels, options.rare_class_temperature)
+    holders = [split.entries.holding(one) for one in range(len(shares))]
+    return ClassOrder(holders, shares, options.seed), ahead
 
 
 def end_late(tracker: Tracker, asked: signal.Signals) -> None:

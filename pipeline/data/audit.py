@@ -22,6 +22,13 @@ from numpy.typing import NDArray
 from pipeline.data.files import Ids, some
 from pipeline.data.formats import Reader, Record
 from pipeline.data.params import DataParams
+from pipeline.data.shards import (
+    CachedShards,
+    LocalShards,
+    ObjectStore,
+    Shards,
+    cache_of_this_machine,
+)
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import SUMMARY, Index, Split, spread, write_index
 from pipeline.data.table import Array, Entries, Entry, TableWriter
@@ -60,6 +67,7 @@ class Shard:
     name: str
     split: str
     md5: str
+    size: int
     entries: Entries
     marks: Marks
     ids: set[int]
@@ -75,14 +83,14 @@ class Audit:
     The rows and marks of the records lie in the folder `draft`: memory may not hold them all.
     """
 
-    def __init__(self, folder: Path, draft: Path) -> None:
-        self.folder, self._draft = folder, draft
+    def __init__(self, folder: Path, draft: Path, store: str | None) -> None:
+        self.folder, self._draft, self._store = folder, draft, store
         self._table = TableWriter(draft)
         self._marks = (draft / "marks").open("wb")
         self.counts = dict.fromkeys(SPLITS, 0)
         self.histograms = {split: np.zeros(256, np.int64) for split in SPLITS}
         self.shown = {split: np.zeros(256, np.int64) for split in SPLITS}
-        self.md5s: dict[str, str] = {}
+        self.files: dict[str, tuple[str, int]] = {}  # md5 and bytes of each shard
         self.ids: set[int] = set()
         self.problems: list[str] = []
         self.content = 0
@@ -102,7 +110,7 @@ class Audit:
         self.counts[shard.split] += len(shard.entries)
         self.histograms[shard.split] += shard.histogram
         self.shown[shard.split] += shard.shown
-        self.md5s[shard.name] = shard.md5
+        self.files[shard.name] = shard.md5, shard.size
         self.ids |= shard.ids
         self.problems += shard.problems
         self.content = (self.content + shard.content) % 2**128
@@ -115,6 +123,13 @@ class Audit:
             split: slice(end - count, end)
             for (split, count), end in zip(self.counts.items(), ends, strict=True)
         }
+
+    @property
+    def shards(self) -> Shards:
+        """What has the pixels, once all shards are there."""
+        if self._store is None:
+            return LocalShards(self.folder)
+        return CachedShards(ObjectStore(self._store), self.files, *cache_of_this_machine())
 
     @cached_property
     def entries(self) -> Entries:
@@ -167,7 +182,7 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
             jobs.append((f"{split}-{start // RECORDS_PER_SHARD:05}.bin", batch))
     folder.mkdir(parents=True)
     with TemporaryDirectory(prefix="audit-", dir=folder) as draft:
-        with Audit(folder, Path(draft)) as audit:
+        with Audit(folder, Path(draft), params.store) as audit:
             for shard in _packed(partial(_pack, reader, folder, params), jobs):
                 audit.add(shard)
                 progress(sum(audit.counts.values()), total)
@@ -180,8 +195,8 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
                 problems += _black_and_white(params, audit.ids)
         if not problems:
             return _write_index(params, audit, labelled)
-    for name in audit.md5s:
-        (folder / name).unlink()
+    for name in audit.files:
+        (folder / name).unlink(missing_ok=True)  # an object store may have it
     lines = "\n".join(f"  {shown(problem)}" for problem in problems)
     count = counted(len(problems), "problem")
     raise InputError(f"{params.root}: {count} in the data set:\n{lines}")
@@ -247,10 +262,14 @@ def _pack(
             for part in (np.ascontiguousarray(image), target):  # a tile may be a view
                 digest.update(part.data)
                 offset += file.write(part.data)
+    if params.store is not None and offset:
+        ObjectStore(params.store).put(folder / name, digest.hexdigest())
+        (folder / name).unlink()
     return Shard(
         name,
         records[0].split,
         md5=digest.hexdigest(),
+        size=offset,
         entries=Entries.of(entries),
         marks=np.array(marks, MARKS),
         ids=ids,
@@ -364,7 +383,7 @@ def _twice(audit: Audit) -> list[str]:
 def _shared_images(audit: Audit) -> list[str]:
     """Images that are the same, pixel for pixel, in more than one split."""
     rows = audit.entries.rows
-    images = Split(audit.folder, audit.entries)
+    images = Split(audit.shards, audit.entries)
     ends = [*accumulate(audit.counts.values())]
     problems = []
     for found in _alike_in([rows["width"], rows["height"], audit.marks["image"]]):
@@ -440,7 +459,7 @@ def _content(params: DataParams, audit: Audit) -> str:
     """The identity of the data set, which does not depend on the fold that is val."""
     told = plain(params)
     told["format"].get("splits", {}).pop("fold", None)
-    told = {name: value for name, value in told.items() if name not in ("name", "root")}
+    told = {name: value for name, value in told.items() if name not in ("name", "root", "store")}
     return hashlib.md5(json.dumps([told, audit.content]).encode()).hexdigest()
 
 
@@ -455,8 +474,8 @@ def _write_index(params: DataParams, audit: Audit, labelled: Sequence[str]) -> l
         for place in places.values():
             for start in range(place.start, place.stop, CHUNK):
                 table.add(audit.entries.part(start, min(CHUNK, place.stop - start)))
-    for name in audit.md5s.keys() - {*table.shards}:
-        (folder / name).unlink()
+    for name in audit.files.keys() - {*table.shards}:
+        (folder / name).unlink(missing_ok=True)
     warnings = [shown(line) for line in _alike(audit, labelled)]
     histograms = {
         split: audit.histogram(split, len(classes)) * (split in labelled) for split in SPLITS
@@ -484,9 +503,10 @@ def _write_index(params: DataParams, audit: Audit, labelled: Sequence[str]) -> l
         fold=params.format.fold,
         pixels=histograms["train"][:-1].tolist(),
         frequency=frequency.tolist(),
-        shards={name: audit.md5s[name] for name in table.shards},
+        shards={name: audit.files[name][0] for name in table.shards},
         table=table.md5s(),
         splits=counts,
+        store=params.store,
     )
     write_index(folder, index)
     return warnings

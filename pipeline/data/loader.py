@@ -1,31 +1,35 @@
-"""Training samples in an order, and with draws, that depend on (seed, sample number) alone.
+"""Training samples with draws that depend on (seed, sample number) alone, and their batches.
 
 The sample number counts on for ever: number = iteration * batch_size + position in the global
-batch. Neither ranks nor workers nor a restart change which image a number is, or how it is drawn.
+batch. Neither ranks nor workers nor a restart change how an image is drawn.
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from pipeline.data.order import FullOrder, Order
 from pipeline.data.store import Split
 from pipeline.data.table import Array
 from pipeline.data.transforms import AugmentationParams, augment
 from pipeline.errors import InputError
 from pipeline.interruption import SIGNALS
 
-# Independent streams of the seed.
-ORDER, AUGMENTATION, MODEL = range(3)
+# Independent streams of the seed, beside that of the order.
+AUGMENTATION, MODEL = 1, 2
 
 
 class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Sample number -> image (h,w,3) uint8, target (h,w) uint8 and key () int64."""
+    """Sample number -> image (h,w,3) uint8, target (h,w) uint8 and key () int64.
+
+    `order` says which image a number is, by default FullOrder. The shard of a sample is asked for
+    `ahead` numbers before.
+    """
 
     def __init__(
         self,
@@ -34,22 +38,23 @@ class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
         fill: tuple[int, ...],
         ignore_index: int,
         seed: int,
-        class_shares: NDArray[np.float64] | None = None,
+        order: Order | None = None,
+        ahead: int = 0,
     ) -> None:
         self.split = split
         self.augmentation = augmentation
         self.fill = fill
         self.ignore_index = ignore_index
         self.seed = seed
-        self.class_shares = class_shares
-        self._epoch, self._order = -1, np.empty(0, np.int64)
-        classes = range(0 if class_shares is None else len(class_shares))
-        self._holders = [split.entries.holding(one) for one in classes]
+        self.order = FullOrder(len(split), seed) if order is None else order
+        self.ahead = ahead
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        if self.ahead:
+            self.split.expect(self.order[number + self.ahead])
         rng = np.random.default_rng((self.seed, AUGMENTATION, number))
         image, target = augment(
-            *self.split[self.index(number)],
+            *self.split[self.order[number]],
             self.augmentation,
             fill=self.fill,
             ignore_index=self.ignore_index,
@@ -62,41 +67,10 @@ class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
             torch.tensor(int(key >> 1)),  # a torch integer has 63 bits
         )
 
-    def index(self, number: int) -> int:
-        """The image of a sample number: every epoch is a permutation of the split.
-
-        With `class_shares` a class is drawn by them, then one of the images that hold it.
-        """
-        if self.class_shares is not None:
-            rng = np.random.default_rng((self.seed, ORDER, number))
-            holders = self._holders[rng.choice(len(self.class_shares), p=self.class_shares)]
-            return int(holders[rng.integers(len(holders))])
-        epoch, place = divmod(number, len(self.split))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._permutation(epoch)
-        return int(self._order[place])
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        rng = np.random.default_rng((self.seed, ORDER, epoch))
-        return rng.permutation(len(self.split))
-
 
 def _own(pixels: Array) -> Array:
     """The pixels one after another, in memory that may be written to: views of files may not."""
     return np.require(pixels, requirements=["C", "W"])
-
-
-def rare_class_shares(pixels: Sequence[int], temperature: float) -> NDArray[np.float64]:
-    """How often to draw each class, (C,), by its pixels in train: softmax((1 - frequency) / T).
-
-    The lower the temperature, the more often the rare classes; a class without a pixel never.
-    Source: https://arxiv.org/abs/2111.14887
-    """
-    frequency = np.array(pixels) / sum(pixels)
-    exponents = np.where(frequency > 0, (1 - frequency) / temperature, -np.inf)
-    weights = np.exp(exponents - exponents.max())
-    shares: NDArray[np.float64] = weights / weights.sum()
-    return shares
 
 
 class RankBatches(Sampler[list[int]]):

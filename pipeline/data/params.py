@@ -2,7 +2,7 @@
 
 import unicodedata
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -21,7 +21,8 @@ class DataParams(Section):
     `max_pixels` is refused before it is decoded: a few bytes can claim billions.
     `allow_missing_classes` lets a class be without a pixel in train: nothing teaches it, and
     evaluation leaves it out unless it is predicted or labelled. `subset` takes so many images of
-    each split, at equal distances, for a quick try.
+    each split, at equal distances, for a quick try. `store` is the URL of an object store for the
+    pixels, as s3://bucket/folder, where this machine's disk is too small for them.
     """
 
     name: str = Field(min_length=1)
@@ -35,6 +36,7 @@ class DataParams(Section):
     max_pixels: int = Field(ge=1, le=LARGEST, default=200_000_000)
     allow_missing_classes: bool = False
     subset: Positive | None = None
+    store: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://.+")] | None = None
 
     @property
     def num_ids(self) -> int:

@@ -13,14 +13,22 @@ from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
 from threading import Thread
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.data.shards import (
+    CACHE_GB,
+    CachedShards,
+    LocalShards,
+    ObjectStore,
+    Shards,
+    cache_of_this_machine,
+)
 from pipeline.data.table import RECORDS, TABLE, Array, Entries, Entry
-from pipeline.disk import check_format, file_md5, write_text
+from pipeline.disk import amount, check_format, file_md5, write_text
 from pipeline.errors import InputError, counted, one_line
 from pipeline.params import Colour, Grey
 
@@ -39,7 +47,8 @@ class Index(BaseModel):
     `content` is the identity of the data set, whichever fold is val, and `fold` which one is, if
     there are folds; `exif` is data.exif. `pixels` and `frequency` are those of each class in train,
     see `audit.prepare`. `shards` and `table` hold the md5 of each file; the rows of the table are
-    those of train, of val and of test, as many as `splits` has.
+    those of train, of val and of test, as many as `splits` has. `store` is the URL of the object
+    store that has the shards; None: they are in the folder.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -57,6 +66,7 @@ class Index(BaseModel):
     shards: dict[Annotated[str, Field(pattern=r"^[a-z]+-\d+\.bin$")], str]
     table: dict[str, str]
     splits: dict[str, Natural]
+    store: str | None
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
@@ -73,10 +83,9 @@ class Index(BaseModel):
 class Split:
     """The records of one split, in order, read from the shards."""
 
-    def __init__(self, folder: Path, entries: Sequence[Entry]) -> None:
-        self.folder = folder
+    def __init__(self, shards: Path | Shards, entries: Sequence[Entry]) -> None:
+        self.shards = LocalShards(shards) if isinstance(shards, Path) else shards
         self.entries = entries if isinstance(entries, Entries) else Entries.of(entries)
-        self._shards: dict[str, Array] = {}
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -84,18 +93,16 @@ class Split:
     def __getitem__(self, index: int) -> tuple[Array, Array]:
         """Image (H,W,3) and target (H,W), uint8 views of the file."""
         entry = self.entries[index]
-        if entry.shard not in self._shards:
-            mapped = np.memmap(self.folder / entry.shard, np.uint8, "r")
-            self._shards[entry.shard] = np.asarray(mapped)  # whose slices cost less
         pixels = entry.height * entry.width
-        data = self._shards[entry.shard][entry.offset : entry.offset + entry.size]
+        data = self.shards.open(entry.shard)[entry.offset : entry.offset + entry.size]
         return (
             data[: 3 * pixels].reshape(entry.height, entry.width, 3),
             data[3 * pixels :].reshape(entry.height, entry.width),
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": {}}  # a worker process maps the files itself
+    def expect(self, index: int) -> None:
+        """Say that a record will be read soon."""
+        self.shards.expect(self.entries.shard_of(index))
 
 
 class Store:
@@ -110,12 +117,13 @@ class Store:
         self.folder = folder
         index = _read_index(folder / INDEX)
         entries, sizes = _read_table(folder, index)
-        for name, size in sizes.items():
-            path = folder / name
-            if not path.is_file():
-                raise InputError(f"{path} is missing; {REBUILD}")
-            if path.stat().st_size != size:
-                raise _damaged(path, f"{path.stat().st_size} bytes instead of {size}")
+        self._shards: Shards
+        if index.store is None:
+            self._shards = LocalShards(folder)
+            _check_sizes(folder, sizes)
+        else:
+            files = {name: (md5, sizes[name]) for name, md5 in index.shards.items()}
+            self._shards = CachedShards(ObjectStore(index.store), files, *cache_of_this_machine())
         self.name = index.name
         self.classes, self.palette = index.classes, index.palette
         self.ignore_index, self.exif = index.ignore_index, index.exif
@@ -130,12 +138,17 @@ class Store:
 
     def split(self, name: str) -> Split:
         """One of train, val and test; the last two may be empty."""
-        return Split(self.folder, self._splits[name])
+        return Split(self._shards, self._splits[name])
 
     def verification(
         self, *splits: str, alive: Callable[[], None] = lambda: None
     ) -> "Verification":
-        """Begin to compare the bytes of these splits' shards with the index."""
+        """Begin to compare the bytes of these splits' shards with the index.
+
+        Of an object store they are those that the cache has; it loses one that has changed.
+        """
+        if isinstance(self._shards, CachedShards):
+            return Verification(self._shards.cached() if splits else {}, alive, mend=Path.unlink)
         names = chain.from_iterable(self._splits[split].used_shards() for split in splits)
         return Verification({self.folder / name: self.shards[name] for name in names}, alive)
 
@@ -157,6 +170,21 @@ class Store:
         if not self._splits[split]:
             raise InputError(f"{asked}, but the data set has no labelled {split} image; {remedy}")
 
+    def require_room(self, split: str) -> None:
+        """Raise an InputError where the cache of an object store can't hold all of a split."""
+        if isinstance(self._shards, CachedShards):
+            needed = self._shards.size(self._splits[split].used_shards())
+            if needed > self._shards.limit:
+                raise InputError(
+                    f"train.shuffle: full draws from all {amount(needed)} of {split}, and "
+                    f"{CACHE_GB} allows {amount(self._shards.limit)}; use train.shuffle: blocks"
+                )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the shards are in the folder."""
+        return isinstance(self._shards, LocalShards)
+
     def require_measured(self, split: str) -> None:
         """Raise an InputError where the split of evaluation.split has no labelled image."""
         other = "val" if split == "test" else "test"
@@ -166,16 +194,25 @@ class Store:
     def md5(self) -> str:
         """The identity DVC gives the folder: md5 over the sorted list of its files' md5."""
         own = {name: file_md5(self.folder / name) for name in (INDEX, SUMMARY)}
-        files = sorted((self.shards | self._table | own).items())
+        there = self.shards if self.is_local else {}
+        files = sorted((there | self._table | own).items())
         listed = [{"md5": md5, "relpath": name} for name, md5 in files]
         return hashlib.md5(json.dumps(listed).encode()).hexdigest() + ".dir"
 
 
 class Verification:
-    """Files are read and compared with their md5, in threads, while the caller does other work."""
+    """Files are read and compared with their md5, in threads, while the caller does other work.
 
-    def __init__(self, md5s: dict[Path, str], alive: Callable[[], None]) -> None:
-        self._alive = alive
+    `mend` is called with a file that has another md5, and is else a problem.
+    """
+
+    def __init__(
+        self,
+        md5s: dict[Path, str],
+        alive: Callable[[], None],
+        mend: Callable[[Path], None] | None = None,
+    ) -> None:
+        self._alive, self._mend = alive, mend
         self._problems: dict[Path, str] = {}
         files, count = list(md5s.items()), min(len(md5s), os.cpu_count() or 1)
         self._threads = [
@@ -192,7 +229,9 @@ class Verification:
             except OSError as error:
                 self._problems[path] = str(error)
                 continue
-            if found != expected:
+            if found != expected and self._mend is not None:
+                self._mend(path)
+            elif found != expected:
                 self._problems[path] = f"md5 {found} instead of {expected}"
             self._alive()
 
@@ -265,6 +304,15 @@ def _read_table(folder: Path, index: Index) -> tuple[Entries, dict[str, int]]:
     if len(entries) != sum(index.splits.values()):
         raise _damaged(folder / RECORDS, f"{len(entries)} rows instead of those of {INDEX}")
     return entries, sizes
+
+
+def _check_sizes(folder: Path, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{path} is missing; {REBUILD}")
+        if path.stat().st_size != size:
+            raise _damaged(path, f"{path.stat().st_size} bytes instead of {size}")
 
 
 def _damaged(path: Path, reason: str) -> InputError:

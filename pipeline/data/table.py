@@ -140,6 +140,15 @@ class Entries(Sequence[Entry]):
             classes=tuple(np.flatnonzero(np.unpackbits(held)).tolist()),
         )
 
+    def shard_of(self, index: int) -> str:
+        """The name of the shard that one of them lies in."""
+        return self.shards[int(self.rows["shard"][index])]
+
+    def shard_sizes(self) -> list[int]:
+        """How many of them lie in each shard, in order."""
+        counts: list[int] = np.unique(self.rows["shard"], return_counts=True)[1].tolist()
+        return counts
+
     def used_shards(self) -> list[str]:
         """The names of the shards that they lie in."""
         return [self.shards[number] for number in np.unique(self.rows["shard"])]

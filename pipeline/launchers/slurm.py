@@ -82,8 +82,8 @@ def in_job() -> bool:
 
 def meeting() -> Meeting:
     """Where the nodes of this job meet: at the first of them."""
-    nodes = _ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
-    first = _fields(_ask("scontrol", "--oneliner", "show", "node", nodes[0]))
+    nodes = _ask(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]).split()
+    first = _fields(_ask(["scontrol", "--oneliner", "show", "node", nodes[0]]))
     port = FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % PORTS
     return Meeting(len(nodes), first["NodeAddr"], port, os.environ["SLURM_NODEID"] == "0")
 
@@ -124,18 +124,20 @@ def _run(module: str, arguments: Sequence[str], job: Job) -> Ended:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             answer = _ask(
-                "sbatch",
-                "--parsable",
-                f"--job-name=instep-{module.rpartition('.')[2]}",
-                "--ntasks-per-node=1",
-                f"--output={folder}/%j.log",
-                "--open-mode=append",
-                "--requeue",
-                f"--signal=USR1@{WARNING}",
-                f"--export=ALL,{IN_JOB}=1",
-                *job.asked(),
-                "--wrap",
-                STEP + shlex.join([sys.executable, "-u", "-m", module, *arguments]),
+                [
+                    "sbatch",
+                    "--parsable",
+                    f"--job-name=instep-{module.rpartition('.')[2]}",
+                    "--ntasks-per-node=1",
+                    f"--output={folder}/%j.log",
+                    "--open-mode=append",
+                    "--requeue",
+                    f"--signal=USR1@{WARNING}",
+                    f"--export=ALL,{IN_JOB}=1",
+                    *job.asked(),
+                    "--wrap",
+                    STEP + shlex.join([sys.executable, "-u", "-m", module, *arguments]),
+                ]
             )
             follower = _Follower(answer.partition(";")[0], folder)
         finally:
@@ -160,7 +162,7 @@ class _Follower:
         begun = heard = time.monotonic()
         while True:
             try:
-                job = _fields(_ask("scontrol", "--oneliner", "show", "job", self._number))
+                job = _fields(_ask(["scontrol", "--oneliner", "show", "job", self._number]))
                 heard = time.monotonic()
             except InputError:
                 if time.monotonic() - heard > SILENCE:
@@ -173,13 +175,13 @@ class _Follower:
                 said = self._path.read_text(errors="replace") if self._path.exists() else ""
                 code, by_signal = map(int, job["ExitCode"].split(":"))
                 code = code or (128 + by_signal if by_signal else 0)
-                return Ended(self._number, job["JobState"], code, said, self._path)
+                return Ended(self._number, job["JobState"], code, said, log=self._path)
             time.sleep(POLL)
 
     def cancel(self) -> None:
         """End the job, which may save its state before."""
         self._tell("is being cancelled")
-        _ask("scancel", self._number)
+        _ask(["scancel", self._number])
         self.wait(ENDING)
 
     def _tell(self, told: str) -> None:
@@ -214,7 +216,7 @@ def _fields(line: str) -> dict[str, str]:
     return dict(field.split("=", 1) for field in line.split() if "=" in field)
 
 
-def _ask(*command: str) -> str:
+def _ask(command: Sequence[str]) -> str:
     """What one of Slurm's commands answers.
 
     Raises:

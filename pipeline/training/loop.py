@@ -192,7 +192,7 @@ class Training:
         """
         options, progress = self.options, self.progress
         first = (iteration - 1) * options.batch_size
-        images = (self.samples.index(first + place) for place in range(options.batch_size))
+        images = (self.samples.order[first + place] for place in range(options.batch_size))
         names = [self.samples.split.entries[image].name for image in images]
         found = "the loss or its gradient is" if finite_weights else "the weights are"
         said = f"iteration {iteration}: {found} not finite, on {names}"

@@ -67,6 +67,7 @@ class TrainParams(Section):
     leave_out_nonfinite: Count
     ema_decay: Share | None
     schedule: ScheduleParams
+    shuffle: Literal["full", "blocks"]
     rare_class_temperature: Annotated[float, Field(ge=1e-4, le=1e6)] | None
     precision: Literal["fp32", "fp64", "bf16", "fp16"]
     seed: int = Field(ge=0, lt=2**32)
@@ -114,6 +115,15 @@ class TrainParams(Section):
                 "DVC refuses any other output, and only after the training"
             )
         return work_dir
+
+    @model_validator(mode="after")
+    def _one_order(self) -> Self:
+        if self.shuffle == "blocks" and self.rare_class_temperature is not None:
+            raise InputError(
+                "shuffle: blocks reads each shard once an epoch, and rare_class_temperature draws "
+                "from all; set one of them to full and null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_is_divisible(self) -> Self:

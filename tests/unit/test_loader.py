@@ -1,6 +1,5 @@
 """Which samples make up which batch, on any number of ranks and workers, after any restart."""
 
-import math
 import re
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.loader import RankBatches, Samples, build_loader, rare_class_shares
+from pipeline.data.loader import RankBatches, Samples, build_loader
 from pipeline.data.store import Split
 from pipeline.data.table import Entry
 from tests.unit.sections import params
@@ -36,48 +35,20 @@ def samples(split: Split, seed: int = 0) -> Samples:
     return Samples(split, params(AUGMENTATION).augmentation, (9, 9, 9), 255, seed)
 
 
-def test_the_rarer_a_class_the_larger_its_share():
-    # Frequencies 0.7, 0.2, 0.1 and 0: exp((1 - f) / 0.5) is e^0.6, e^1.6, e^1.8.
-    shares = rare_class_shares((70, 20, 10, 0), 0.5)
-    weights = [math.exp(0.6), math.exp(1.6), math.exp(1.8), 0]
-    assert shares.tolist() == pytest.approx([weight / sum(weights) for weight in weights])
-    assert rare_class_shares((70, 20, 10, 0), 0.001).tolist() == pytest.approx([0, 0, 1, 0])
-    assert rare_class_shares((70, 20, 10, 0), 1e9).tolist() == pytest.approx([1 / 3] * 3 + [0])
-
-
-def test_images_are_drawn_by_their_classes(split: Split):
-    # Class 0 is in all seven images, class 1 in two, class 2 in none.
-    held = [(0,), (0, 1), (0,), (0,), (0, 1), (0,), (0,)]
-    entries = [entry._replace(classes=own) for entry, own in zip(split.entries, held, strict=True)]
-    changes = params(AUGMENTATION).augmentation
-    options = (Split(split.folder, entries), changes, (9, 9, 9), 255)
-    drawn = Samples(*options, 0, np.array([0.3, 0.7, 0.0]))
-    numbers = range(4000)
-    order = [drawn.index(number) for number in numbers]
-    # Each has 0.3 / 7, and those with class 1 half of 0.7 on top; four sigma are at most 0.031.
-    for index, own in enumerate(held):
-        expected = 0.3 / 7 + 0.35 * (1 in own)
-        assert order.count(index) / 4000 == pytest.approx(expected, abs=0.031)
-    again = Samples(*options, 0, np.array([0.3, 0.7, 0.0]))
-    assert [again.index(number) for number in reversed(numbers)] == order[::-1]
-    reseeded = Samples(*options, 1, np.array([0.3, 0.7, 0.0]))
-    assert [reseeded.index(number) for number in numbers] != order
-
-
 def test_every_epoch_is_another_permutation(split: Split):
     one = samples(split)
-    epochs = [[one.index(7 * e + i) for i in range(7)] for e in range(20)]
+    epochs = [[one.order[7 * e + i] for i in range(7)] for e in range(20)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 15
 
 
 def test_the_order_depends_on_the_seed_and_not_on_what_was_asked_before(split: Split):
     one = samples(split)
-    order = [one.index(number) for number in range(50)]
+    order = [one.order[number] for number in range(50)]
     other = samples(split)
-    assert [other.index(number) for number in reversed(range(50))] == order[::-1]
+    assert [other.order[number] for number in reversed(range(50))] == order[::-1]
     other = samples(split, seed=1)
-    assert [other.index(number) for number in range(50)] != order
+    assert [other.order[number] for number in range(50)] != order
 
 
 def test_a_sample_depends_on_the_seed_and_its_number_alone(split: Split):
@@ -94,7 +65,7 @@ def test_a_sample_depends_on_the_seed_and_its_number_alone(split: Split):
 
 def test_an_image_is_drawn_otherwise_in_every_epoch(split: Split):
     one = samples(split)
-    numbers = [number for number in range(70) if one.index(number) == 0]
+    numbers = [number for number in range(70) if one.order[number] == 0]
     assert len(numbers) == 10
     assert len({one[number][0].numpy().tobytes() for number in numbers}) == 10
 
