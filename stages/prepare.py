@@ -6,7 +6,7 @@ import sys
 
 from tqdm import tqdm
 
-from pipeline.data.audit import prepare
+from pipeline.data.audit import Part, prepare
 from pipeline.data.files import some
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import PREPARED, SUMMARY, Store
@@ -34,21 +34,24 @@ def main() -> None:
 
         with writing(PREPARED):
             try:
-                warnings = prepare(params.data, PREPARED, show)
+                part = Part(*params.launcher.place())
+                warnings = prepare(params.data, PREPARED, show, part)
             except OSError:
                 shutil.rmtree(PREPARED, ignore_errors=True)  # a part of it is of no use
                 raise
+    if warnings is None:
+        return  # the first machine says it
     store = Store(PREPARED)
     splits = {name: store.split(name) for name in SPLITS}
     print("images:", ", ".join(f"{name} {len(split)}" for name, split in splits.items()))
     pattern = params.data.format.group_by
-    names = [entry.name for split in splits.values() for entry in split.entries]
-    alone = [name for name in names if pattern and not re.search(pattern, name)]
-    if alone:
-        print(
-            f"warning: data.format.splits.group_by {pattern!r} matches nothing in {len(alone)} of "
-            f"{len(names)} names, each of which is a group of its own: {some(alone)}"
-        )
+    if pattern:
+        names = [entry.name for split in splits.values() for entry in split.entries]
+        if alone := [name for name in names if not re.search(pattern, name)]:
+            print(
+                f"warning: data.format.splits.group_by {pattern!r} matches nothing in {len(alone)} "
+                f"of {len(names)} names, each of which is a group of its own: {some(alone)}"
+            )
     for line in warnings[:MOST]:
         print("warning:", line)
     if len(warnings) > MOST:

@@ -3,17 +3,19 @@
 import hashlib
 import json
 import os
+import pickle
 import shutil
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, combinations
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import cv2
 import numpy as np
@@ -32,7 +34,7 @@ from pipeline.data.shards import (
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import SUMMARY, Index, Split, spread, write_index
 from pipeline.data.table import Array, Entries, Entry, TableWriter
-from pipeline.disk import FORMAT, write_json, writing
+from pipeline.disk import FORMAT, write_bytes, write_json, writing
 from pipeline.errors import InputError, counted, shown
 from pipeline.params import plain
 
@@ -52,6 +54,7 @@ MARKS = np.dtype(
     [("name", "<u8"), ("image", "<u8"), ("target", "<u8"), ("look", "<u8", SIDE**2 // 64)]
 )
 Marks = NDArray[np.void]  # (R,) of MARKS
+Job = tuple[str, list[Record]]  # a shard's name and records
 CHUNK = 2**14  # perceptual hashes that are compared at once, and fit into a cache
 
 
@@ -151,10 +154,30 @@ class Audit:
         return np.append(total[:num_classes], total[num_classes:].sum())
 
 
-def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], None]) -> list[str]:
+Pack = Callable[[str, list[Record]], Shard]
+
+
+class Part(NamedTuple):
+    """Which machine this is of `machines` that prepare a data set together, and see one folder.
+
+    `attempt` is what they call it, and no other one.
+    """
+
+    number: int = 0
+    machines: int = 1
+    attempt: str = "alone"
+
+
+def prepare(
+    params: DataParams,
+    folder: Path,
+    progress: Callable[[int, int], None],
+    part: Part = Part(),  # noqa: B008  # it can't be changed
+) -> list[str] | None:
     """Audit the data set and write its shards, their table and index into `folder`.
 
-    Returns what one should look at and may be right, a line each; summary.json has it, too.
+    Returns what one should look at and may be right, a line each; summary.json has it, too. None
+    on all machines but the first of several.
 
     The index also holds each class's frequency in train: its share of the labelled pixels of the
     images that show it.
@@ -166,24 +189,23 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
     """
     reader = params.reader()
     records, problems = reader.records()
+    jobs = _jobs(records, params.subset)
+    draft = folder / f"audit-{part.attempt}"
+    pack = partial(_pack, reader, folder, params)
+    if part.number:
+        _help(pack, jobs, draft, part)
+        return None
+    total = sum(len(batch) for _, batch in jobs)
     if folder.exists():
         try:
             shutil.rmtree(folder)
         except OSError as error:
             error.filename = str(folder)  # it has a name without its folder
             raise
-    jobs, total = [], 0
-    for split in SPLITS:
-        own = [record for record in records if record.split == split]
-        own = [own[place] for place in spread(len(own), params.subset or len(own))]
-        total += len(own)
-        for start in range(0, len(own), RECORDS_PER_SHARD):
-            batch = own[start : start + RECORDS_PER_SHARD]
-            jobs.append((f"{split}-{start // RECORDS_PER_SHARD:05}.bin", batch))
-    folder.mkdir(parents=True)
-    with TemporaryDirectory(prefix="audit-", dir=folder) as draft:
-        with Audit(folder, Path(draft), params.store) as audit:
-            for shard in _packed(partial(_pack, reader, folder, params), jobs):
+    draft.mkdir(parents=True)
+    with removing(draft):
+        with Audit(folder, draft, params.store) as audit:
+            for shard in _all_packed(pack, jobs, draft, part):
                 audit.add(shard)
                 progress(sum(audit.counts.values()), total)
         problems += audit.problems + _twice(audit) + _shared_images(audit)
@@ -202,12 +224,56 @@ def prepare(params: DataParams, folder: Path, progress: Callable[[int, int], Non
     raise InputError(f"{params.root}: {count} in the data set:\n{lines}")
 
 
-def _packed(
-    pack: Callable[[str, list[Record]], Shard], jobs: list[tuple[str, list[Record]]]
-) -> Iterator[Shard]:
-    """The shards in order, which processes pack, one for each core."""
+def _jobs(records: list[Record], subset: int | None) -> list[Job]:
+    """The shards by name, with the records of each."""
+    jobs = []
+    for split in SPLITS:
+        own = [record for record in records if record.split == split]
+        own = [own[place] for place in spread(len(own), subset or len(own))]
+        for start in range(0, len(own), RECORDS_PER_SHARD):
+            batch = own[start : start + RECORDS_PER_SHARD]
+            jobs.append((f"{split}-{start // RECORDS_PER_SHARD:05}.bin", batch))
+    return jobs
+
+
+def _help(pack: Pack, jobs: list[Job], draft: Path, part: Part) -> None:
+    """Pack what another machine than the first has to, and leave there what was found."""
+    _wait_for(draft)
+    for shard in _packed(pack, jobs[part.number :: part.machines]):
+        write_bytes(draft / shard.name, pickle.dumps(shard))
+
+
+def _all_packed(pack: Pack, jobs: list[Job], draft: Path, part: Part) -> Iterator[Shard]:
+    """The shards in order, which this machine and the others pack."""
+    own = _packed(pack, jobs[:: part.machines])
+    for place, (name, _) in enumerate(jobs):
+        if place % part.machines == 0:
+            yield next(own)
+        else:
+            _wait_for(draft / name)
+            yield pickle.loads((draft / name).read_bytes())
+            (draft / name).unlink()
+
+
+def _wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.1)
+
+
+@contextmanager
+def removing(folder: Path) -> Iterator[None]:
+    """Remove a folder at the end of the block."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _packed(pack: Pack, jobs: list[Job]) -> Iterator[Shard]:
+    """The shards in order, which processes pack, one for each core that is ours."""
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     context = get_context("spawn")  # a fork copies OpenCV's threads in the middle of their work
-    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+    with ProcessPoolExecutor(ours, context) as pool:
         try:
             yield from pool.map(pack, *zip(*jobs, strict=True)) if jobs else ()
         except BaseException:  # else what is being packed, a minute of it, would be waited for

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.launchers import slurm
-from pipeline.launchers.slurm import Job
+from pipeline.launchers.slurm import Job, JobOfNodes
 from pipeline.launchers.torchrun import ALONE, Meeting
 from pipeline.params import Few, Named
 
@@ -21,6 +21,10 @@ class LauncherParams(Named):
     def meeting(self) -> Meeting:
         """Where they meet; by default this machine is alone."""
         return ALONE
+
+    def place(self) -> tuple[int, int, str]:
+        """Which machine this is of how many that prepare together, and a name of their attempt."""
+        return 0, 1, "alone"
 
     def job(self, stage: str) -> Job | None:
         """As what a stage is submitted; None: it runs here."""
@@ -52,14 +56,13 @@ class Torchrun(LauncherParams):
         return Meeting(self.nodes, host, int(port))
 
 
-class Slurm(LauncherParams, Job):
+class Slurm(LauncherParams, JobOfNodes):
     """The training is a job of Slurm's, and so are `prepare` and `evaluate` where they are given.
 
     The keys of a job are those of the training.
     """
 
-    nodes: Few = 1
-    prepare: Job | None = None
+    prepare: JobOfNodes | None = None
     evaluate: Job | None = None
 
     @property
@@ -70,6 +73,10 @@ class Slurm(LauncherParams, Job):
     def meeting(self) -> Meeting:
         """See LauncherParams; only a job knows it."""
         return slurm.meeting() if self.nodes > 1 else ALONE
+
+    def place(self) -> tuple[int, int, str]:
+        """See LauncherParams."""
+        return slurm.place() if slurm.in_job() else super().place()
 
     def job(self, stage: str) -> Job | None:
         """See LauncherParams."""

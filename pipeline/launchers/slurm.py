@@ -18,7 +18,7 @@ from pydantic import Field
 from pipeline.errors import INTERRUPTED, InputError
 from pipeline.interruption import SIGNALS
 from pipeline.launchers.torchrun import Meeting
-from pipeline.params import Section, main_checkout
+from pipeline.params import Few, Section, main_checkout
 
 POLL = 2.0  # seconds between two questions to Slurm
 SILENCE = 600.0  # seconds for which Slurm may be unable to answer
@@ -65,6 +65,17 @@ class Job(Section):
         return [f"--nodes={self.machines}", *set_, *self.options]
 
 
+class JobOfNodes(Job):
+    """A job that may have several nodes."""
+
+    nodes: Few = 1
+
+    @property
+    def machines(self) -> int:
+        """How many nodes."""
+        return self.nodes
+
+
 class Ended(NamedTuple):
     """How a job has ended: its state, its exit code or the signal, and all that it has said."""
 
@@ -86,6 +97,13 @@ def meeting() -> Meeting:
     first = _fields(_ask(["scontrol", "--oneliner", "show", "node", nodes[0]]))
     port = FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % PORTS
     return Meeting(len(nodes), first["NodeAddr"], port, os.environ["SLURM_NODEID"] == "0")
+
+
+def place() -> tuple[int, int, str]:
+    """Which node of how many this is, and what no other attempt at this job is called."""
+    its = os.environ
+    attempt = f"{its['SLURM_JOB_ID']}-{its.get('SLURM_RESTART_COUNT', '0')}"
+    return int(its["SLURM_NODEID"]), int(its["SLURM_NNODES"]), attempt
 
 
 def run_as_job(

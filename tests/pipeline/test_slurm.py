@@ -91,8 +91,8 @@ def test_four_experiments_are_jobs_two_at_a_time(
     prepared: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
     """By DVC's queue; prepare and evaluate are jobs, too, of another partition."""
-    there = {"partition": "cpu"}
-    jobs = {"launcher.prepare": there, "launcher.evaluate": there, "train.iterations": 12}
+    jobs = {"launcher.prepare": {"partition": "cpu", "nodes": 2}, "train.iterations": 12}
+    jobs |= {"launcher.evaluate": {"partition": "cpu"}}
     project = clone(prepared, tmp_path / "clone", **jobs)
     commit(project, "Jobs")
     for seed in range(4):

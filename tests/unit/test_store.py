@@ -3,6 +3,8 @@
 import json
 import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,18 @@ def test_an_index_of_another_version_is_refused_with_the_way_on(
     )
     with pytest.raises(ValueError, match=f"^{re.escape(refusal)}$"):
         Store(tmp_path)
+
+
+def test_machines_that_prepare_together_write_the_same_files(folder: Path):
+    """Three machines, of which one has nothing to do in the second round of shards."""
+    params, together = data_params(folder.parent), folder.parent / "together"
+    places = [audit.Part(number, 3, "first attempt") for number in range(3)]
+    with ThreadPoolExecutor(3) as machines:
+        found = machines.map(partial(audit.prepare, params, together, print), places)
+        assert [*found] == [[], None, None]
+    names = sorted(path.name for path in folder.iterdir())
+    assert sorted(path.name for path in together.iterdir()) == names
+    assert all(file_md5(together / name) == file_md5(folder / name) for name in names)
 
 
 def test_a_table_comes_part_by_part(tmp_path: Path):
