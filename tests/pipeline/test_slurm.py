@@ -18,6 +18,7 @@ from tests.project import (
     dvc,
     ended,
     make_project,
+    metrics,
     query,
     set_params,
     stage,
@@ -90,24 +91,36 @@ def test_a_job_of_two_nodes_trains_as_one_process_does(
 def test_four_experiments_are_jobs_two_at_a_time(
     prepared: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
-    """By DVC's queue; prepare and evaluate are jobs, too, of another partition."""
-    jobs = {"launcher.prepare": {"partition": "cpu", "nodes": 2}, "train.iterations": 12}
-    jobs |= {"launcher.evaluate": {"partition": "cpu"}}
-    project = clone(prepared, tmp_path / "clone", **jobs)
+    """By DVC's queue."""
+    project = clone(prepared, tmp_path / "clone", **{"train.iterations": 12})
     commit(project, "Jobs")
     for seed in range(4):
-        dvc(project, "exp", "run", "--queue", "-S", f"train.seed={seed}", "evaluate")
+        dvc(project, "exp", "run", "--queue", "-S", f"train.seed={seed}", "train")
     dvc(project, "queue", "start", "-j", "2", **cluster.environment)
     wait_for_queue(project, 4)
-    done = [job for job in cluster.jobs() if job["WorkDir"].startswith(str(project))]
-    assert {job["JobState"] for job in done} == {"COMPLETED"}
-    of = {job["JobName"]: job["Partition"] for job in done}
-    assert of == {"instep-prepare": "cpu", "instep-train": "gpu", "instep-evaluate": "cpu"}
-    times = [(job["StartTime"], job["EndTime"]) for job in done if job["JobName"].endswith("train")]
-    assert len(times) == 4
-    times.sort()
+    jobs = [job for job in cluster.jobs() if job["WorkDir"].startswith(str(project))]
+    assert [(job["JobName"], job["JobState"]) for job in jobs] == [
+        ("instep-train", "COMPLETED")
+    ] * 4
+    times = sorted((job["StartTime"], job["EndTime"]) for job in jobs)
     assert any(later < end for (_, end), (later, _) in pairwise(times))
-    assert len(query(project, "SELECT run_uuid FROM runs WHERE status = 'FINISHED'")) == 4
+    assert len(query(project, "SELECT DISTINCT value FROM params WHERE key = 'train.seed'")) == 4
+
+
+def test_prepare_and_evaluate_may_be_jobs(trained: tuple[Path, str], cluster: Cluster) -> None:
+    """The one of two nodes, and both of another partition."""
+    project, _ = trained
+    before = {path.name: file_md5(path) for path in (project / "data/prepared").iterdir()}
+    jobs = {"launcher.prepare": {"partition": "cpu", "nodes": 2}}
+    set_params(project, jobs | {"launcher.evaluate": {"partition": "cpu"}})
+    for name in ("prepare", "evaluate"):
+        code, text = ended(project, name, **cluster.environment)
+        assert code == 0, text
+        job = cluster.job(re.findall(r"job (\d+) is submitted", text)[-1])
+        assert (job["JobName"], job["Partition"]) == (f"instep-{name}", "cpu")
+        assert job["NumNodes"] == {"prepare": "2", "evaluate": "1"}[name]
+    assert {path.name: file_md5(path) for path in (project / "data/prepared").iterdir()} == before
+    assert "mean_iou" in metrics(project)
 
 
 def test_ctrl_c_cancels_the_job_which_saves_its_state(
