@@ -54,6 +54,7 @@ OPENING = 60.0  # for the store's tables, which another process may be creating
 ANSWER = 10  # for one answer of a server
 RATE = 1_000_000  # bytes a second at which a server should take a file, at least
 
+CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 RETRIES, LIMIT = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 
@@ -72,8 +73,8 @@ class TrackingParams(Section):
         if uri is not None and uri != without_password(uri):
             raise InputError(
                 "holds a user or password, which git and MLflow would keep with params.yaml; leave "
-                "them out here, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-                "for a database MLFLOW_TRACKING_URI"
+                f"them out here, and set {' and '.join(CREDENTIALS)}, or for a database "
+                "MLFLOW_TRACKING_URI"
             )
         return uri
 
@@ -193,8 +194,13 @@ class Patience:
 
 
 def quiet() -> None:
-    """Have MLflow print nothing, and report its use to nobody."""
+    """Have MLflow print nothing, report its use to nobody, and talk to its server alone.
+
+    It would take large files to the server's bucket itself, which may be out of reach from here.
+    """
     for name, value in (
+        ("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false"),
+        ("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false"),
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
         ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
@@ -264,12 +270,24 @@ def reason(error: Exception) -> str:
 
     link: BaseException | None = error
     while link is not None:
+        if _refuses_user(link):
+            return "user or password are wrong or missing: set " + " and ".join(CREDENTIALS)
         if isinstance(link, requests.exceptions.Timeout):
             return "no answer in time"
         if isinstance(link, requests.exceptions.ConnectionError):
             return "no connection"
         link = link.__cause__ or link.__context__
     return without_password(one_line(error))
+
+
+def _refuses_user(error: BaseException) -> bool:
+    """Whether a server has answered with status 401, to a request of MLflow's or with a file."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, requests.exceptions.HTTPError) and error.response is not None:
+        return error.response.status_code == 401
+    return isinstance(error, MlflowException) and error.error_code == "UNAUTHENTICATED"
 
 
 def without_password(text: str) -> str:
