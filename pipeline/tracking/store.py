@@ -1,5 +1,6 @@
 """MLflow's store: where it is, how long it is waited for, and what it holds of runs."""
 
+import getpass
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ KEY_TAG = "run.key"  # our own name of a training's run, by which it is found ag
 EVALUATION_TAG = "evaluation"  # the fingerprint of the evaluation whose scores a run holds
 INTERVAL_TAG = "mean_iou.interval"  # the ends of the 95% interval of that evaluation's mean IoU
 PARENT_TAG = "mlflow.parentRunId"
+USER_TAG = "mlflow.user"
 # What a person sees under "Views" on MLflow's page of an experiment: its table of runs by their
 # scores. Of itself the table shows no metric.
 VIEW = {
@@ -55,6 +57,7 @@ ANSWER = 10  # for one answer of a server
 RATE = 1_000_000  # bytes a second at which a server should take a file, at least
 
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+CERTIFICATE = "MLFLOW_TRACKING_SERVER_CERT_PATH"
 RETRIES, LIMIT = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 
@@ -264,6 +267,17 @@ def store_uri(params: TrackingParams) -> str:
     return f"sqlite:///{main_checkout() / relative[1]}" if relative else uri
 
 
+def user() -> str:
+    """Who logs: the name that a server asks for, or else that of the system."""
+    from mlflow.utils.credentials import read_mlflow_creds
+
+    named = read_mlflow_creds().username
+    try:
+        return named or getpass.getuser()
+    except (KeyError, OSError):  # the system knows no name, as in a container
+        return "unknown"
+
+
 def reason(error: Exception) -> str:
     """Why MLflow has not done what was asked for, in one line."""
     import requests
@@ -272,6 +286,8 @@ def reason(error: Exception) -> str:
     while link is not None:
         if _refuses_user(link):
             return "user or password are wrong or missing: set " + " and ".join(CREDENTIALS)
+        if isinstance(link, requests.exceptions.SSLError):
+            return f"its certificate is not trusted here, see {CERTIFICATE}: {one_line(link)}"
         if isinstance(link, requests.exceptions.Timeout):
             return "no answer in time"
         if isinstance(link, requests.exceptions.ConnectionError):

@@ -106,6 +106,7 @@ def logged(team: Team) -> Team:
     command = [sys.executable, "-m", "tests.team_clients", str(team.folder), *users, "anna:wrong"]
     own = {"MLFLOW_TRACKING_URI": team.server.address, "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
     own |= {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1000"}
+    own |= {"MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE": "1"}  # as if the files were large
     with (team.folder / "clients.log").open("wb") as log:
         clients = subprocess.Popen(
             command, env=environment(**own), stdout=log, stderr=subprocess.STDOUT
@@ -160,11 +161,16 @@ def test_nothing_of_eight_clients_is_lost_while_server_and_database_are_restarte
         points = logged.rows(sql, runs[f"client {number}"])
         steps = range(1, logged.step(number) + 1)
         assert points == [("train/loss", step, number + 1 / step) for step in steps]
+        sql = "SELECT value FROM tags WHERE key = 'mlflow.user' AND run_uuid = %s"
+        assert logged.rows(sql, runs[f"client {number}"]) == [([*MEMBERS][number % 2],)]
         assert not logged.spools(number)
 
 
 def test_files_go_through_the_server_into_the_bucket(logged: Team) -> None:
     files = logged.bucket.files()
+    said = (logged.database.data.parent / "server.log").read_text()
+    assert "PUT /api/2.0/mlflow-artifacts/artifacts/" in said
+    assert "/mpu/" not in said  # by which large files go into the bucket without the server
     rows = logged.rows("SELECT name, run_uuid, experiment_id FROM runs ORDER BY name")
     for name, run_id, experiment in rows[:CLIENTS]:
         kept = (logged.folder / name.split()[1] / "model.bin").read_bytes()
