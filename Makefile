@@ -59,8 +59,8 @@ ui: $(INSTALLED)
 	@echo 'runs by their scores: http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=scores'
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
-ARGS :=
 # ARGS are options of `python -m stages.server`, or of `mlflow server`: --host, --port.
+ARGS :=
 server: $(INSTALLED)
 	python -m stages.server $(ARGS)
 
@@ -91,7 +91,8 @@ $(INSTALLED): pyproject.toml requirements.lock requirements-torch.txt
 # After a change of pyproject.toml. It keeps the versions that requirements.lock has;
 # `make lock UPGRADE=--upgrade` takes the newest. uv is there after `make install`.
 lock:
-	uv pip compile --quiet $(UPGRADE) --extra team --group dev --python-version 3.11 --python-platform linux \
+	uv pip compile --quiet $(UPGRADE) --extra team --group dev \
+	    --python-version 3.11 --python-platform linux \
 	    --generate-hashes --annotation-style line --custom-compile-command "make lock" \
 	    --constraint requirements-torch.txt --no-emit-package torch --no-emit-package torchvision \
 	    --output-file requirements.lock pyproject.toml

@@ -8,7 +8,7 @@ import pwd
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from urllib.parse import quote
 from pipeline.errors import InputError, shown
 
 DATABASE = "MLFLOW_BACKEND_STORE_URI"
+FILES = "MLFLOW_ARTIFACTS_DESTINATION"
 CONFIG, PASSWORD = "MLFLOW_AUTH_CONFIG_PATH", "MLFLOW_AUTH_ADMIN_PASSWORD"
 ADMIN = "admin-password"  # a file of the folder
 LONGEST_SOCKET = 107  # bytes of a socket's path, at most: unix(7)
@@ -37,20 +38,20 @@ def settings(folder: Path, given: Mapping[str, str], uri: str) -> dict[str, str]
 
     Secrets that are made here stand in files of `folder` which its owner alone can read.
     """
-    files = folder / "artifacts"
-    files.mkdir(mode=0o700, exist_ok=True)
     made = DEFAULTS | {
         DATABASE: uri,
-        "MLFLOW_ARTIFACTS_DESTINATION": str(files),
         # It signs the form for new users, and all processes of a server need the same.
         "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
     }
+    if FILES not in given:
+        (folder / "artifacts").mkdir(mode=0o700, exist_ok=True)
+        made[FILES] = str(folder / "artifacts")
     if PASSWORD not in given:
         made[PASSWORD] = _admin_password(folder / ADMIN)
     if CONFIG not in given:
         made[CONFIG] = str(folder / "basic_auth.ini")
         _write_secret(folder / "basic_auth.ini", _config(uri))
-    return made | given
+    return {**made, **given, DATABASE: uri}
 
 
 @contextmanager
@@ -98,24 +99,26 @@ class PostgreSQL:
         """
         if not (self.data / "PG_VERSION").exists():
             self._create()
-        if self._run("pg_ctl", "status", check=False).returncode:
+        if self._execute(["pg_ctl", "status"], check=False).returncode:
             own = "-c listen_addresses='' -c unix_socket_directories=."
-            self._run("pg_ctl", "start", "--log", str(self._log), "--options", own)
+            self._execute(["pg_ctl", "start", "--log", str(self._log), "--options", own])
 
     def stop(self, mode: str = "fast") -> None:
         """End it with all connections, if it runs: properly, or as if by a kill (immediate)."""
-        self._run("pg_ctl", "stop", "--mode", mode, check=False)
+        self._execute(["pg_ctl", "stop", "--mode", mode], check=False)
 
     def _create(self) -> None:
         self.data.mkdir(parents=True, exist_ok=True)
         if user := self._owner().get("user"):
             shutil.chown(self.data, user, user)
         options = ("--username=mlflow", "--auth=trust", "--encoding=UTF8", "--no-locale")
-        self._run("initdb", *options)
+        self._execute(["initdb", *options])
 
-    def _run(
-        self, program: str, *arguments: str, check: bool = True
+    def _execute(
+        self, command: Sequence[str], check: bool = True
     ) -> "subprocess.CompletedProcess[str]":
+        """Run one of PostgreSQL's programs on the data."""
+        program, *arguments = command
         done = subprocess.run(
             [_program(program), *arguments, "--pgdata", str(self.data)],
             cwd="/",
@@ -127,9 +130,11 @@ class PostgreSQL:
             **self._owner(),
         )
         if check and done.returncode:
+            lines = done.stdout.strip().splitlines()
+            why = next((line for line in lines if line.startswith(program)), "nothing is said")
             raise InputError(
-                f"{program} of PostgreSQL fails in {self.data}: {shown(done.stdout.strip())}; set "
-                f"{DATABASE} to the URI of a database that runs, or mend it"
+                f"{self.data}: {shown(why)}; mend that, for which {self._log} may say more, name "
+                f"another --folder, or set {DATABASE} to the URI of a database"
             )
         return done
 

@@ -38,7 +38,7 @@ def client(folder: Path, end: Path, user: str, number: int) -> None:
         step += 1
         tracker.log({"iteration": step, "train/loss": number + 1 / step})
         (folder / "step").write_text(str(step))
-        time.sleep(0.1)
+        time.sleep(0.4)
     (folder / "model.bin").write_bytes(os.urandom(300_000))
     tracker.log_artifacts([folder / "model.bin"], "checkpoints")
     tracker.finish("FINISHED")

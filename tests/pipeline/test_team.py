@@ -13,7 +13,7 @@ import psycopg
 import pytest
 import requests
 
-from pipeline.server import PASSWORD, PostgreSQL, settings
+from pipeline.server import FILES, PASSWORD, PostgreSQL, settings
 from tests.packages import install
 from tests.project import ended, environment
 from tests.server import Bucket, LocalServer
@@ -30,7 +30,7 @@ class Server(LocalServer):
     def __init__(self, folder: Path, bucket: Bucket) -> None:
         folder.chmod(0o711)  # the user postgres comes through
         command = [sys.executable, "-m", "stages.server", "--folder", str(folder)]
-        own = bucket.keys | {PASSWORD: ADMIN[1], "MLFLOW_ARTIFACTS_DESTINATION": "s3://team/runs"}
+        own = bucket.keys | {PASSWORD: ADMIN[1], FILES: "s3://team/runs"}
         own |= {"PYTHONPATH": os.pathsep.join(sys.path), "MLFLOW_WORKERS": "1"}
         super().__init__(command, "/health", folder, **own)
 
@@ -132,7 +132,7 @@ def wait_for_new_steps(
     """Let each client log some steps, begin again with what has ended, and wait for these steps."""
     first = [team.step(number) for number in range(CLIENTS)]
     wait_until(
-        lambda: all(team.step(number) > first[number] + 3 for number in range(CLIENTS)),
+        lambda: all(team.step(number) > first[number] + 1 for number in range(CLIENTS)),
         clients,
         log,
     )
@@ -148,7 +148,7 @@ def wait_until(reached: Callable[[], bool], clients: "subprocess.Popen[bytes]", 
     while not reached():
         assert clients.poll() is None, Path(log).read_text()
         assert time.monotonic() < deadline, Path(log).read_text()
-        time.sleep(0.1)
+        time.sleep(0.3)
 
 
 def test_nothing_of_eight_clients_is_lost_while_server_and_database_are_restarted(
@@ -219,6 +219,7 @@ def test_members_log_into_what_others_have_made_and_do_not_delete_it(logged: Tea
     [
         ("/health", 200),
         ("/api/3.0/mlflow/server-info", 200),
+        ("/static-files/index.html", 200),
         ("/version", 401),
         ("/", 401),
         ("/graphql", 401),
