@@ -97,6 +97,7 @@ class PostgreSQL:
         Raises:
             InputError: it does not start.
         """
+        _program("pg_ctl")  # before it is asked for the user that comes with it
         if not (self.data / "PG_VERSION").exists():
             self._create()
         if self._execute(["pg_ctl", "status"], check=False).returncode:

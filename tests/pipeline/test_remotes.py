@@ -33,7 +33,8 @@ def shared(folder: Path) -> Iterator[Shared]:
     The result is also the experiment `first`.
     """
     repository = folder / "repository.git"
-    trained = make_project(folder / "trained", {"train": 6, "val": 2, "test": 2})
+    short = {"train.iterations": 2, "evaluation.interval": 2}
+    trained = make_project(folder / "trained", {"train": 6, "val": 2, "test": 2}, **short)
     with Bucket(folder) as bucket:
         dvc(trained, "remote", "add", "--default", "team", "s3://team/dvc")
         dvc(trained, "remote", "modify", "team", "endpointurl", bucket.address)

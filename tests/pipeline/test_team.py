@@ -13,6 +13,7 @@ import psycopg
 import pytest
 import requests
 
+from pipeline.errors import InputError
 from pipeline.server import FILES, PASSWORD, PostgreSQL, settings
 from tests.packages import install
 from tests.project import ended, environment
@@ -234,6 +235,16 @@ def test_who_has_no_password_sees_that_a_server_is_there(
     team: Team, path: str, status: int
 ) -> None:
     assert team.server.ask("GET", path, None) == status
+
+
+def test_without_postgresql_or_with_a_long_path_the_remedy_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.server.programs", lambda: str(tmp_path))
+    with pytest.raises(InputError, match="MLFLOW_BACKEND_STORE_URI is not set.*apt-get install"):
+        PostgreSQL(tmp_path).start()
+    with pytest.raises(InputError, match="107 bytes; name a shorter --folder"):
+        PostgreSQL(tmp_path / ("long" * 25))
 
 
 def test_secrets_that_the_server_makes_are_the_owner_s(tmp_path: Path) -> None:
