@@ -241,7 +241,7 @@ def test_without_postgresql_or_with_a_long_path_the_remedy_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.server.programs", lambda: str(tmp_path))
-    with pytest.raises(InputError, match="MLFLOW_BACKEND_STORE_URI is not set.*apt-get install"):
+    with pytest.raises(InputError, match=r"MLFLOW_BACKEND_STORE_URI is not set.*apt-get install"):
         PostgreSQL(tmp_path).start()
     with pytest.raises(InputError, match="107 bytes; name a shorter --folder"):
         PostgreSQL(tmp_path / ("long" * 25))
