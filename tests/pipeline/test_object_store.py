@@ -13,7 +13,7 @@ import torch
 from tests.project import REPOSITORY, ended, make_project, metrics, set_params, stage
 from tests.server import LocalServer
 
-FAR = ("--delay", "0.2", "--failures", "0.2")
+FAR = ("--delay", "0.2", "--failing", "4")
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,9 @@ def keys(folder: Path) -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="module")
 def here(folder: Path) -> Path:
     """A project that has trained on the pixels of its own folder, an epoch and more."""
-    changes = {"train.shuffle": "blocks", "train.batch_size": 12, "train.iterations": 30}
-    project = make_project(folder / "here", {"train": 300, "val": 2, "test": 4}, **changes)
+    changes = {"train.shuffle": "blocks", "train.batch_size": 12, "train.iterations": 14}
+    changes |= {"evaluation.interval": 14}
+    project = make_project(folder / "here", {"train": 150, "val": 2, "test": 4}, **changes)
     for name in ("prepare", "train", "evaluate"):
         stage(project, name)
     return project

@@ -362,8 +362,6 @@ def fails(uri: str, *_: object) -> None:
     raise OSError(f"{uri} is asked, and it does not answer")
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("hasty")
 def test_who_a_server_refuses_is_told_what_to_set():
     refused = requests.Response()
     refused.status_code = 401
@@ -375,6 +373,8 @@ def test_who_a_server_refuses_is_told_what_to_set():
     assert "see MLFLOW_TRACKING_SERVER_CERT_PATH: certificate verify" in store.reason(untrusted)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("hasty")
 def test_what_waits_is_said_in_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
