@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from pipeline.interruption import finishing, remember_said
 from pipeline.launchers.slurm import run_as_job
 from pipeline.launchers.torchrun import hand_over
 from pipeline.models import ModelParams, build_model
-from pipeline.models.network import Labels
+from pipeline.models.network import Labels, Network
 from pipeline.models.weights import averaged
 from pipeline.params import flatten, plain
 from pipeline.precision import PRECISIONS, Normalization
@@ -52,7 +53,7 @@ from pipeline.training.checkpoint import (
     save_model,
 )
 from pipeline.training.loop import Intervals, Progress, Training
-from pipeline.training.optimization import Learner, build_learner
+from pipeline.training.optimization import Learner, build_average, build_learner
 from pipeline.training.params import TrainParams
 from pipeline.training.state import (
     LogFile,
@@ -350,20 +351,35 @@ def build(
     if checkpoint is not None or (options.load_from and options.load_strict):
         section = without_pretrained(section)  # it would be replaced at once
     precision = PRECISIONS[options.precision]
-    labels = Labels(len(store.classes), store.ignore_index, store.frequency)
-    network = build_model(section, labels)
-    network.to(device, precision.weights).to(memory_format=torch.channels_last)
+    network = build_network(params, section, store, device)
     if checkpoint is not None:  # by now the weights have its type: none of its digits is lost
         fill(network, checkpoint["model"], "the checkpoint to go on from")
     elif options.load_from:
         (path,) = start_files(options)
         load_weights(network, path, options.load_strict, store.classes)
-    model = distributed.parallelize(network, device)
+    average = build_average(network, options.ema_decay)
+    model = distributed.parallelize(
+        network,
+        device,
+        sharded=options.parallel == "fsdp",
+        copies=[] if average is None else [average.module],
+    )
     normalize = Normalization(section.mean, section.std, precision=precision, device=device)
-    learner = build_learner(model, network, normalize, options)
+    learner = build_learner(model, network, average=average, normalize=normalize, params=options)
     if checkpoint is not None:
-        learner.restore(checkpoint)
+        with distributed.takes_parts():
+            learner.restore(checkpoint)
     return learner
+
+
+def build_network(
+    params: Params, section: ModelParams, store: Store, device: torch.device
+) -> Network:
+    """The network of the section `model`, by itself, of the type that it trains in."""
+    labels = Labels(len(store.classes), store.ignore_index, store.frequency)
+    network = build_model(section, labels)
+    network.to(device, PRECISIONS[params.train.precision].weights)
+    return network.to(memory_format=torch.channels_last)
 
 
 def without_pretrained(section: ModelParams) -> ModelParams:
@@ -439,8 +455,10 @@ def write_model(params: Params, store: Store, learner: Learner) -> None:
     checkpoint = load_checkpoint(best if best.is_file() else last)
     temperature = None
     if params.train.validation:
-        predictor = predictor_of(params, learner)
-        fill(predictor.network, averaged(dict(checkpoint)), "the best checkpoint")
+        # The network that has trained may be sharded, and the other processes are done.
+        network = build_network(params, without_pretrained(params.model), store, learner.device)
+        fill(network, averaged(dict(checkpoint)), "the best checkpoint")
+        predictor = replace(predictor_of(params, learner), network=network)
         found = fit_temperature(predictor, store.split("val"), store.ignore_index)
         if found:
             temperature, before, after = found

@@ -23,6 +23,7 @@ NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 class Learner:
     """A network with all that trains it: all tensors that change while a training runs.
 
+    Where the network is sharded, each process holds a part of most of them.
     `model` is what a step calls: the network, on several processes in what shares its gradients.
     `scaler` does nothing unless train.precision is fp16. `average` holds the moving average of the
     weights, beside the network's own statistics of batch normalisation; None without
@@ -64,10 +65,10 @@ class Learner:
         """
         self.scaler.unscale_(self.optimizer)
         gradients = [own.grad for own in self.network.parameters() if own.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
         if self.clip_grad_norm is not None:
             parameters = self.network.parameters()
-            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad_norm, norm, foreach=True)
         return norm.isfinite() | self.scaler.is_enabled()
 
     def leave_out(self) -> None:
@@ -83,14 +84,13 @@ class Learner:
         if self.average is not None:
             self.average.update_parameters(self.network)
 
-    def finite(self) -> bool:
-        """Whether all that a checkpoint holds of this is finite; waits for the device."""
+    def tensors(self) -> list[Tensor]:
+        """All that a checkpoint holds of this."""
         tensors = [*self.network.state_dict().values()]
         for state in self.optimizer.state.values():
             tensors += [one for one in state.values() if isinstance(one, Tensor)]
         tensors += [] if self.average is None else self.average.module.state_dict().values()
-        found = [one.isfinite().all().to(self.device) for one in tensors]
-        return bool(torch.stack(found).all())
+        return tensors
 
     def states(self) -> dict[str, Any]:
         """What a checkpoint holds of all this."""
@@ -124,21 +124,32 @@ class Learner:
             ) from error
 
 
+def build_average(network: Network, decay: float | None) -> AveragedModel | None:
+    """A moving average of the network's weights, which so far are those it has; None without decay.
+
+    Source: https://docs.pytorch.org/docs/stable/optim.html#weight-averaging-swa-and-ema
+    """
+    if decay is None:
+        return None
+    update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(network, multi_avg_fn=update)
+
+
 def build_learner(
-    model: nn.Module, network: Network, normalize: Normalization, params: TrainParams
+    model: nn.Module,
+    network: Network,
+    *,
+    average: AveragedModel | None,
+    normalize: Normalization,
+    params: TrainParams,
 ) -> Learner:
     """The network with all that trains it; `model` is the network as it trains, see Learner.
 
     Raises:
         InputError: train.layer_decay is set, and the backbone has no order of layers.
 
-    Sources: https://arxiv.org/abs/1710.03740 (scaler),
-    https://docs.pytorch.org/docs/stable/optim.html#weight-averaging-swa-and-ema (average)
+    Source: https://arxiv.org/abs/1710.03740 (scaler)
     """
-    average = None
-    if params.ema_decay is not None:
-        update = get_ema_multi_avg_fn(params.ema_decay)  # type: ignore[no-untyped-call]
-        average = AveragedModel(network, multi_avg_fn=update)
     device = normalize.mean.device.type
     return Learner(
         model=model,
@@ -156,7 +167,10 @@ def build_optimizer(network: Network, params: TrainParams) -> torch.optim.Optimi
     """SGD with momentum, or AdamW (https://arxiv.org/abs/1711.05101)."""
     groups = parameter_groups(network, params)
     if params.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, params.lr, momentum=params.momentum, fused=True)
+        fused = all(type(own) is nn.Parameter for own in network.parameters())
+        optimizer = torch.optim.SGD(  # torch fuses no steps of sharded parameters by SGD
+            groups, params.lr, momentum=params.momentum, fused=fused, foreach=not fused
+        )
         if params.momentum:  # else a first step that overflows in fp16 leaves memory nobody wrote
             for group in optimizer.param_groups:
                 for own in group["params"]:
@@ -220,15 +234,22 @@ def restore_optimizer(
     states = {names[index]: state for index, state in saved["state"].items()}
     groups = optimizer.state_dict()["param_groups"]
     own = [name for group in groups for name in group["param_names"]]
-    state = {index: states[name] for index, name in enumerate(own) if name in states}
+    parameters = dict(model.named_parameters())
+    state = {
+        index: {key: _placed(value, parameters[name]) for key, value in states[name].items()}
+        for index, name in enumerate(own)
+        if name in states
+    }
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    for parameter, held in optimizer.state.items():
-        for name, value in held.items():  # in memory as the parameter is, which a file is not
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                held[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-            elif isinstance(value, Tensor) and value.dim() > 0:
-                shapes = tuple(value.shape), tuple(parameter.shape)
-                raise ValueError(f"{name} is {shapes[0]} for a parameter {shapes[1]}")
+
+
+def _placed(value: Any, parameter: Tensor) -> Any:
+    """A tensor of a parameter's state in memory as the parameter is, which a file's is not."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    if value.shape != parameter.shape:
+        raise ValueError(f"a state is {tuple(value.shape)} for one {tuple(parameter.shape)}")
+    return torch.empty_like(parameter).copy_(value)
 
 
 def learning_rate(params: TrainParams, iteration: int, lr_mult: float = 1.0) -> float:
