@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -377,18 +376,21 @@ def shard(network: nn.Module, device: torch.device) -> None:
 def blocks(network: nn.Module) -> list[nn.Module]:
     """The parts of a network that are made whole one at a time, inner ones first.
 
-    They are the entries of lists and sequences that are made of several layers, as the blocks of a
-    transformer and of a ResNet's stages, each with at least BLOCK of all parameters that no block
-    inside it has. An entry is called as a module, and no other part computes with its parameters.
-    What is left belongs to the network itself.
+    They are the entries of lists and sequences that are modules of several layers, as the blocks of
+    a transformer and of a ResNet's stages, each with at least BLOCK of all parameters that no block
+    inside it has. What is left belongs to the network itself.
+
+    An entry has to be called as the module that it is, and no other part may compute with its
+    parameters. Sequences in sequences are taken apart instead: some networks call their layers.
     """
     least = BLOCK * sum(parameter.numel() for parameter in network.parameters())
+    lists = nn.Sequential | nn.ModuleList
     entries = [
         entry
         for module in network.modules()
-        if isinstance(module, nn.Sequential | nn.ModuleList)
+        if isinstance(module, lists)
         for entry in module.children()
-        if [*entry.children()] and type(entry).forward is not nn.Module.forward
+        if [*entry.children()] and not isinstance(entry, lists)
     ]
     taken: set[nn.Parameter] = set()
     found = []
@@ -432,9 +434,22 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def takes_parts() -> AbstractContextManager[None]:
-    """Where a whole tensor, the same on all ranks, is copied into a sharded one part by part."""
-    return implicit_replication()
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy of a whole tensor, in memory as `like` is: where that is sharded, this rank's part."""
+    copy = torch.empty_like(like)
+    if not isinstance(copy, DTensor):
+        return copy.copy_(tensor)
+    pieces = tensor.chunk(world_size(), _axis(copy))
+    if rank() < len(pieces):
+        copy.to_local().copy_(pieces[rank()])
+    return copy
+
+
+def _axis(tensor: DTensor) -> int:
+    """The axis along which it is cut, by torch.chunk, into one piece a rank; the last have none."""
+    (placement,) = tensor.placements
+    assert isinstance(placement, Shard)
+    return placement.dim
 
 
 def all_finite(tensors: Iterable[Tensor], device: torch.device) -> bool:
@@ -484,9 +499,7 @@ def _copied(tensor: Tensor) -> Tensor | _Part | None:
     """What the first rank will need of this one."""
     if not isinstance(tensor, DTensor):
         return _on_cpu(tensor) if rank() == 0 else None
-    (placement,) = tensor.placements
-    assert isinstance(placement, Shard)
-    return _Part(_on_cpu(tensor.to_local()), tensor.shape, placement.dim)
+    return _Part(_on_cpu(tensor.to_local()), tensor.shape, _axis(tensor))
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -502,7 +515,7 @@ def _joined(copy: Tensor | _Part) -> Tensor | None:
             dist.send(copy.held, 0, group=_beside)
         return None
     joined = torch.empty(copy.shape, dtype=copy.held.dtype)
-    for source, piece in enumerate(joined.chunk(world_size(), copy.axis)):  # as DTensor cuts it
+    for source, piece in enumerate(joined.chunk(world_size(), copy.axis)):
         held = copy.held if source == 0 else torch.empty(piece.shape, dtype=piece.dtype)
         if source:
             dist.recv(held, source, group=_beside)

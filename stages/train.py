@@ -367,8 +367,7 @@ def build(
     normalize = Normalization(section.mean, section.std, precision=precision, device=device)
     learner = build_learner(model, network, average=average, normalize=normalize, params=options)
     if checkpoint is not None:
-        with distributed.takes_parts():
-            learner.restore(checkpoint)
+        learner.restore(checkpoint, distributed.placed)
     return learner
 
 

@@ -1,6 +1,7 @@
 """From gradients to weights: optimizer, learning rate, gradient scaler, moving average."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,13 @@ from pipeline.precision import PRECISIONS, Normalization, Precision
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.params import TrainParams
 
+Placing = Callable[[Tensor, Tensor], Tensor]  # a whole tensor, and one like that to be made of it
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def copied(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy in memory as `like` is, which a tensor of a file is not."""
+    return torch.empty_like(like).copy_(tensor)
 
 
 @dataclass(frozen=True)
@@ -104,18 +111,25 @@ class Learner:
             states["ema"] = self.average.module.state_dict()
         return states
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint, placed: Placing = copied) -> None:
         """Go on from a checkpoint whose weights the network has; what it lacks starts anew.
+
+        `placed` says what this process is to hold of a tensor, for one that lies in memory already.
 
         Raises:
             InputError: what it knows beside the weights is not of this network.
         """
         try:
-            restore_optimizer(self.optimizer, checkpoint["optimizer"], self.network)
+            saved = checkpoint["optimizer"]
+            restore_optimizer(self.optimizer, saved, self.network, placed)
             if self.scaler.is_enabled() and "scaler" in checkpoint:
                 self.scaler.load_state_dict(checkpoint["scaler"])
             if self.average is not None and "ema" in checkpoint:
-                self.average.module.load_state_dict(checkpoint["ema"])
+                module = self.average.module
+                own = module.state_dict()
+                given = checkpoint["ema"].items()
+                held = {name: _fitting(value, own[name], placed) for name, value in given}
+                module.load_state_dict(held)
                 self.average.n_averaged.fill_(1)  # 0 would take the next weights for the average
         except MALFORMED as error:
             raise InputError(
@@ -223,9 +237,12 @@ def layer_multiplier(backbone: nn.Module, name: str, layer_decay: float) -> floa
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, saved: dict[str, Any], model: nn.Module
+    optimizer: torch.optim.Optimizer,
+    saved: dict[str, Any],
+    model: nn.Module,
+    placed: Placing = copied,
 ) -> None:
-    """Give every parameter what an optimizer's state knew of it, by name.
+    """Give every parameter what an optimizer's state knew of it, by name; see `Learner.restore`.
 
     Groups and settings stay: what params.yaml says holds, whatever the checkpoint was trained with.
     """
@@ -236,20 +253,25 @@ def restore_optimizer(
     own = [name for group in groups for name in group["param_names"]]
     parameters = dict(model.named_parameters())
     state = {
-        index: {key: _placed(value, parameters[name]) for key, value in states[name].items()}
+        index: {
+            key: _fitting(value, parameters[name], placed) if _of_places(value) else value
+            for key, value in states[name].items()
+        }
         for index, name in enumerate(own)
         if name in states
     }
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _placed(value: Any, parameter: Tensor) -> Any:
-    """A tensor of a parameter's state in memory as the parameter is, which a file's is not."""
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return value
-    if value.shape != parameter.shape:
-        raise ValueError(f"a state is {tuple(value.shape)} for one {tuple(parameter.shape)}")
-    return torch.empty_like(parameter).copy_(value)
+def _of_places(value: Any) -> bool:
+    """Whether a state has a value for each of its parameter's, and not one for them all."""
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _fitting(value: Tensor, like: Tensor, placed: Placing) -> Tensor:
+    if value.shape != like.shape:
+        raise ValueError(f"{tuple(value.shape)} for a tensor {tuple(like.shape)}")
+    return placed(value, like)
 
 
 def learning_rate(params: TrainParams, iteration: int, lr_mult: float = 1.0) -> float:
