@@ -46,15 +46,22 @@ def project(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def replicated(project: Path) -> Path:
     """The outputs of four processes that each hold the whole network."""
-    train(project, 4, **SETTING)
-    return Path(shutil.copytree(project / "outputs", project / "replicated"))
+    return weighed(project, "replicated", **SETTING)
 
 
 @pytest.fixture(scope="module")
 def sharded(project: Path) -> Path:
     """Those of four that each hold a part of it."""
-    train(project, 4, **SETTING | FSDP)
-    return Path(shutil.copytree(project / "outputs", project / "sharded"))
+    return weighed(project, "sharded", **SETTING | FSDP)
+
+
+def weighed(project: Path, name: str, **setting: object) -> Path:
+    """The outputs of four processes, and how many bytes each held."""
+    train(project, 4, "tests.distributed.weighed", **setting)
+    kept = Path(shutil.copytree(project / "outputs", project / name))
+    for path in project.glob("bytes.*.json"):
+        path.rename(kept / path.name)
+    return kept
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +103,23 @@ def test_processes_that_hold_a_part_each_give_what_ddp_gives(
                 torch.testing.assert_close(other_value, value, rtol=1e-9, atol=1e-15)
     one, other = (json.loads((folder / "run.json").read_text()) for folder in (replicated, sharded))
     assert one["fingerprint"] == other["fingerprint"]
+
+
+def test_each_holds_about_its_part(replicated: Path, sharded: Path) -> None:
+    """Statistics of BN are not sharded, nor is AdamW's count of steps, a number a parameter.
+
+    To compute, each makes whole what belongs to no block, here the learned positions, and a block.
+    """
+    for rank in range(4):
+        one, other = (
+            json.loads((folder / f"bytes.{rank}.json").read_text())
+            for folder in (replicated, sharded)
+        )
+        for name in ("parameters", "optimizer", "average"):
+            assert other[name] <= 0.3 * one[name]
+        assert other["statistics"] == one["statistics"] < 0.01 * one["parameters"]
+        assert one["whole at once"] == one["parameters"]
+        assert 0 < other["whole at once"] < 0.8 * one["parameters"]
 
 
 def test_a_transformer_with_queries_learns_alike_by_sgd(project: Path) -> None:
