@@ -360,6 +360,9 @@ def shard(network: nn.Module, device: torch.device) -> None:
             raise InputError(
                 f"train.parallel: fsdp can't cut {name}, which {reason}; use train.parallel: ddp"
             )
+    # It warns of blocks that return views, as they must not be changed in place. Ours never are,
+    # and of another network the backward would find a block that is not whole, and fail.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     network.to(memory_format=torch.contiguous_format)  # FSDP takes no other
     mesh = init_device_mesh(device.type, (world_size(),))
     for module in [*blocks(network), network]:

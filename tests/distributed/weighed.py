@@ -16,9 +16,8 @@ from stages import train
 def held(tensors: Iterable[Tensor]) -> int:
     """The memory that they lie in here, padding included."""
     local = [one.to_local() if isinstance(one, DTensor) else one for one in tensors]
-    return sum(
-        {s.data_ptr(): s.nbytes() for s in (one.untyped_storage() for one in local)}.values()
-    )
+    storages = [one.untyped_storage() for one in local]
+    return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
 
 
 def run_weighed(training: Training) -> None:
