@@ -249,7 +249,10 @@ def described(device: torch.device) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """On what, and by what, a result is computed: where all of it is equal, so is every bit."""
+    """On what, and by what, a result is computed.
+
+    Where all of it is equal, and so is train.parallel, every bit is.
+    """
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "device": what,
@@ -479,11 +482,11 @@ def to_first_rank(states: Any) -> Callable[[], Any]:
     """
     copies = _each(states, _copied)
 
-    def join() -> Any:
+    def put_together() -> Any:
         joined = _each(copies, _joined)
         return joined if rank() == 0 else None
 
-    return join
+    return put_together
 
 
 def _each(value: Any, make: Callable[[Any], Any]) -> Any:

@@ -186,7 +186,7 @@ def run(params: Params, store: Store, device: torch.device, until: int | None) -
                         tracker,
                         code=code,
                         hashes=progress.hashes,
-                        machine=distributed.machine(device),
+                        machine=distributed.machine(device) | {"parallel": options.parallel},
                     )
             if until is None and params.launcher.machines > 1:
                 distributed.at("the outputs, which every machine gets")

@@ -415,7 +415,7 @@ def save_progress(
     it is sent to the first rank and written there.
     """
     writer.wait()
-    join = distributed.to_first_rank(learner.states())
+    put_together = distributed.to_first_rank(learner.states())
     now = replace(
         progress,
         history=[*progress.history],
@@ -424,7 +424,7 @@ def save_progress(
     )
 
     def write() -> None:
-        if (states := join()) is None:
+        if (states := put_together()) is None:
             return
         checkpoint = build_checkpoint(states, now.iteration, now.best, description)
         if improved:

@@ -28,9 +28,7 @@ def group() -> Iterator[None]:
 @pytest.mark.parametrize("head", HEADS_ON)
 def test_a_network_of_parts_is_the_same_function(head: str) -> None:
     torch.manual_seed(0)
-    backbone = HEADS_ON[head].replace(
-        "resnet18c", "efficientnet_lite0"
-    )  # with more blocks, smaller
+    backbone = HEADS_ON[head].replace("resnet18c", "efficientnet_lite0")  # of smaller blocks
     plain = build(options(head, **{"backbone.name": backbone}), 5).train()
     parts = copy.deepcopy(plain)
     shard(parts, CPU)
@@ -135,7 +133,7 @@ def test_what_is_saved_is_what_was_held_when_it_was_asked_for() -> None:
     network = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
     expected = {name: value.clone() for name, value in network.state_dict().items()}
     shard(network, CPU)
-    join = to_first_rank({"model": network.state_dict(), "groups": [{"lr": 0.5}]})
+    put_together = to_first_rank({"model": network.state_dict(), "groups": [{"lr": 0.5}]})
     for name, value in network.named_parameters():
         with torch.no_grad():
             value.zero_()
@@ -143,7 +141,7 @@ def test_what_is_saved_is_what_was_held_when_it_was_asked_for() -> None:
         assert isinstance(copy, DTensor)
         assert torch.equal(whole(copy), expected[name])
     network[1].running_mean.add_(1)
-    states = join()
+    states = put_together()
     assert states["groups"] == [{"lr": 0.5}]
     for name, value in expected.items():
         assert type(states["model"][name]) is torch.Tensor
