@@ -290,31 +290,33 @@ def parallelize(
     sharded: bool = False,
     copies: Sequence[nn.Module] = (),
 ) -> nn.Module:
-    """The network as it trains: on one process itself; on more with synchronous BN, in DDP.
+    """The network as it trains, on its device: on one process itself; on more with synchronous BN.
 
-    Where it is to be `sharded`, it is not in DDP: each process holds a part of every parameter, its
-    gradient and what the optimizer knows of it, and so of its `copies`, which never train.
+    There it is in DDP, or it is `sharded`: each process holds a part of every parameter, of its
+    gradient and of what the optimizer knows of it. Its `copies`, which never train, go along.
 
-    BN layers and parameters are replaced in place: so it comes before the optimizer, which has to
-    know the network as it trains.
+    It is changed in place: so this comes before the optimizer, which has to know the parameters as
+    they train.
 
     Raises:
         InputError: a layer or a parameter can't be shared so; the text names it.
     """
-    if world_size() == 1:
-        return network
-    synchronize_batch_norm(network)
-    if sharded:
+    if sharded and world_size() > 1:
         global _beside
         _beside = dist.new_group(backend="gloo")
+        synchronize_batch_norm(network)
         for one in (network, *copies):
             shard(one, device)
+        return network
+    for one in (network, *copies):
+        one.to(device)
+    if world_size() == 1:
         return network
     with warnings.catch_warnings():
         # torch 2.14 has another name for it, torch 2.10 does not know that one.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         parallel = DistributedDataParallel(
-            network,
+            synchronize_batch_norm(network),
             device_ids=[device.index] if device.type == "cuda" else None,
             broadcast_buffers=False,  # synchronous BN keeps them equal
             gradient_as_bucket_view=True,
@@ -344,11 +346,12 @@ def accumulating(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def shard(network: nn.Module, device: torch.device) -> None:
-    """Cut every parameter, in place, into parts of which each process holds one.
+    """Cut every parameter, in place, into parts of which each process holds one, on its device.
 
-    Block by block they are made whole to compute, and cut again. Buffers are not cut: they are
-    small. Gradients are summed over the processes, as DDP's are here, in the parameters' own type:
-    what is computed in another one is autocast's to say, as in DDP, so the result is the same.
+    Block by block they are brought there, and later made whole to compute and cut again. Buffers
+    are not cut: they are small. Gradients are summed over the processes, as DDP's are here, in the
+    parameters' own type. What else is rounded is autocast's to say, as in DDP: FSDP's own policy
+    would round all parameters of a block, those of norms too, and so change the result.
 
     Raises:
         InputError: names a parameter that can't be cut.

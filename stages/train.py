@@ -351,7 +351,7 @@ def build(
     if checkpoint is not None or (options.load_from and options.load_strict):
         section = without_pretrained(section)  # it would be replaced at once
     precision = PRECISIONS[options.precision]
-    network = build_network(params, section, store, device)
+    network = build_network(params, section, store)
     if checkpoint is not None:  # by now the weights have its type: none of its digits is lost
         fill(network, checkpoint["model"], "the checkpoint to go on from")
     elif options.load_from:
@@ -371,13 +371,10 @@ def build(
     return learner
 
 
-def build_network(
-    params: Params, section: ModelParams, store: Store, device: torch.device
-) -> Network:
-    """The network of the section `model`, by itself, of the type that it trains in."""
+def build_network(params: Params, section: ModelParams, store: Store) -> Network:
+    """The network of the section `model`, on the CPU, of the type that it trains in."""
     labels = Labels(len(store.classes), store.ignore_index, store.frequency)
-    network = build_model(section, labels)
-    network.to(device, PRECISIONS[params.train.precision].weights)
+    network = build_model(section, labels).to(PRECISIONS[params.train.precision].weights)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -455,9 +452,9 @@ def write_model(params: Params, store: Store, learner: Learner) -> None:
     temperature = None
     if params.train.validation:
         # The network that has trained may be sharded, and the other processes are done.
-        network = build_network(params, without_pretrained(params.model), store, learner.device)
+        network = build_network(params, without_pretrained(params.model), store)
         fill(network, averaged(dict(checkpoint)), "the best checkpoint")
-        predictor = replace(predictor_of(params, learner), network=network)
+        predictor = replace(predictor_of(params, learner), network=network.to(learner.device))
         found = fit_temperature(predictor, store.split("val"), store.ignore_index)
         if found:
             temperature, before, after = found
