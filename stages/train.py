@@ -132,6 +132,7 @@ def run(params: Params, store: Store, device: torch.device, until: int | None) -
         distributed.seed_everything(options.seed, options.deterministic)
         checkpoint, progress = starting_point(params, state)
         learner = build(params, store, checkpoint, device)
+        del checkpoint  # which each process has read whole
         proper = first and until is None
         tracker = open_run(params, store, state, progress) if proper else Tracker()
         order, ahead = order_of(options, store)

@@ -221,8 +221,7 @@ class Training:
         saves = last or validates or progress.iteration % every.save == 0
         if logs or saves or self._asked:
             self._hear(wait=True)
-        held, device = self.learner.tensors(), self.learner.device
-        if (saves or self._asked) and not distributed.all_finite(held, device):
+        if (saves or self._asked) and not is_finite(self.learner):
             self._refuse(progress.iteration, finite_weights=False)
         entry: HistoryEntry = {"iteration": progress.iteration}
         scores = self._validate() if validates else {}
@@ -337,6 +336,11 @@ def train_step(learner: Learner, batch: Batch, accumulation: int, leave_out: boo
     else:
         learner.step()
     return Step(terms, finite)
+
+
+def is_finite(learner: Learner) -> bool:
+    """Whether all that a checkpoint holds of what learns is finite; waits for the device."""
+    return distributed.all_finite(learner.tensors(), learner.device)
 
 
 def mean_terms(progress: Progress) -> HistoryEntry:
