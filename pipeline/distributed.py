@@ -1,6 +1,7 @@
-"""What the processes of a stage tell each other, and what they compute together.
+"""What the processes of a stage tell each other, compute together, and hold a part of each.
 
-Every helper is right with one process and no process group, on gloo and on nccl.
+Every helper is right with one process and no process group, on gloo and on nccl; and where no
+parameter is sharded.
 """
 
 import ctypes
@@ -10,15 +11,18 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -31,8 +35,11 @@ PATIENCE = 300.0  # seconds
 # The backend's own limit, for where the monitor fails, in those of the monitor: it does not know
 # whether the others get on.
 BACKEND_PATIENCE = 12
+BLOCK = 0.01  # of all parameters: what has fewer is not worth a message of its own
 
 _monitor: Monitor | None = None  # of the processes that train together, where there are more
+# By which the parts of a sharded training are sent beside its steps, from CPU to CPU.
+_beside: Any = None
 
 
 def rank() -> int:
@@ -242,7 +249,10 @@ def described(device: torch.device) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """On what, and by what, a result is computed: where all of it is equal, so is every bit."""
+    """On what, and by what, a result is computed.
+
+    Where all of it is equal, and so is train.parallel, every bit is.
+    """
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "device": what,
@@ -273,19 +283,40 @@ def seed_everything(seed: int, deterministic: bool) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as it trains: on one process itself; on more with synchronous BN, in DDP.
+def parallelize(
+    network: nn.Module,
+    device: torch.device,
+    *,
+    sharded: bool = False,
+    copies: Sequence[nn.Module] = (),
+) -> nn.Module:
+    """The network as it trains, on its device: on one process itself; on more with synchronous BN.
 
-    Its BN layers are replaced in place: so it comes before the optimizer and a moving average of
-    the weights, which have to know the model as it trains.
+    There it is in DDP, or it is `sharded`: each process holds a part of every parameter, of its
+    gradient and of what the optimizer knows of it. Its `copies`, which never train, go along.
+
+    It is changed in place: so this comes before the optimizer, which has to know the parameters as
+    they train.
+
+    Raises:
+        InputError: a layer or a parameter can't be shared so; the text names it.
     """
+    if sharded and world_size() > 1:
+        global _beside
+        _beside = dist.new_group(backend="gloo")
+        synchronize_batch_norm(network)
+        for one in (network, *copies):
+            shard(one, device)
+        return network
+    for one in (network, *copies):
+        one.to(device)
     if world_size() == 1:
-        return model
+        return network
     with warnings.catch_warnings():
         # torch 2.14 has another name for it, torch 2.10 does not know that one.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         parallel = DistributedDataParallel(
-            synchronize_batch_norm(model),
+            synchronize_batch_norm(network),
             device_ids=[device.index] if device.type == "cuda" else None,
             broadcast_buffers=False,  # synchronous BN keeps them equal
             gradient_as_bucket_view=True,
@@ -305,10 +336,200 @@ def _summed(
 
 
 def accumulating(model: nn.Module) -> AbstractContextManager[None]:
-    """Keep the gradients of a backward to this rank: more microbatches of the batch follow."""
+    """Keep the gradients of a backward to this rank: more microbatches of the batch follow.
+
+    Of a sharded model they are summed at once, as each rank has room for its part of them alone.
+    """
     if isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return nullcontext()
+
+
+def shard(network: nn.Module, device: torch.device) -> None:
+    """Cut every parameter, in place, into parts of which each process holds one, on its device.
+
+    Block by block they are brought there, and later made whole to compute and cut again. Buffers
+    are not cut: they are small. Gradients are summed over the processes, as DDP's are here, in the
+    parameters' own type. What else is rounded is autocast's to say, as in DDP: FSDP's own policy
+    would round all parameters of a block, those of norms too, and so change the result.
+
+    Raises:
+        InputError: names a parameter that can't be cut.
+
+    Sources: https://arxiv.org/abs/2304.11277, and
+    https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+    """
+    names = list(network.named_parameters(remove_duplicate=False))
+    for number, (name, parameter) in enumerate(names):
+        if parameter.dim() == 0 or any(parameter is other for _, other in names[:number]):
+            reason = "is shared by two layers" if parameter.dim() else "is a single number"
+            raise InputError(
+                f"train.parallel: fsdp can't cut {name}, which {reason}; use train.parallel: ddp"
+            )
+    # It warns of blocks that return views, as they must not be changed in place. Ours never are,
+    # and of another network the backward would find a block that is not whole, and fail.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+    network.to(memory_format=torch.contiguous_format)  # FSDP takes no other
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for module in [*blocks(network), network]:
+        unit = fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=module is not network,  # whose backward begins right after it
+            shard_placement_fn=_cut_along,
+        )
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The parts of a network that are made whole one at a time, inner ones first.
+
+    They are the entries of lists and sequences that are modules of several layers, as the blocks of
+    a transformer and of a ResNet's stages, each with at least BLOCK of all parameters that no block
+    inside it has. What is left belongs to the network itself.
+
+    An entry has to be called as the module that it is, and no other part may compute with its
+    parameters. Sequences in sequences are taken apart instead: some networks call their layers.
+    """
+    least = BLOCK * sum(parameter.numel() for parameter in network.parameters())
+    lists = nn.Sequential | nn.ModuleList
+    entries = [
+        entry
+        for module in network.modules()
+        if isinstance(module, lists)
+        for entry in module.children()
+        if [*entry.children()] and not isinstance(entry, lists)
+    ]
+    taken: set[nn.Parameter] = set()
+    found = []
+    for entry in reversed(entries):  # modules() has the outer ones first
+        own = set(entry.parameters()) - taken
+        if sum(parameter.numel() for parameter in own) >= least > 0:
+            found.append(entry)
+            taken |= own
+    return found
+
+
+def _cut_along(parameter: nn.Parameter) -> Shard:
+    """The first axis; where that is shorter than there are ranks, the longest that they divide."""
+    sizes, ranks = parameter.shape, world_size()
+    even = [axis for axis, size in enumerate(sizes) if size % ranks == 0]
+    if sizes[0] >= ranks or not even:
+        return Shard(0)
+    return Shard(max(even, key=sizes.__getitem__))
+
+
+@contextmanager
+def gathered(network: nn.Module) -> Iterator[None]:
+    """Every process holds the whole of a sharded network meanwhile, to evaluate it.
+
+    So a process may call it as often as its own images ask for, or not at all.
+    """
+    units = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not network, recurse=False)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process holds a part, on all of them; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy of a whole tensor, in memory as `like` is: where that is sharded, this rank's part."""
+    copy = torch.empty_like(like)
+    if not isinstance(copy, DTensor):
+        return copy.copy_(tensor)
+    pieces = tensor.chunk(world_size(), _axis(copy))
+    if rank() < len(pieces):
+        copy.to_local().copy_(pieces[rank()])
+    return copy
+
+
+def _axis(tensor: DTensor) -> int:
+    """The axis along which it is cut, by torch.chunk, into one piece a rank; the last have none."""
+    (placement,) = tensor.placements
+    assert isinstance(placement, Shard)
+    return placement.dim
+
+
+def all_finite(tensors: Iterable[Tensor], device: torch.device) -> bool:
+    """Whether all values of all ranks' parts are; waits for the device."""
+    held = (one.to_local() if isinstance(one, DTensor) else one for one in tensors)
+    found = torch.stack([one.isfinite().all().to(device) for one in held])
+    return not sum_over_ranks((~found.all()).double()).item()
+
+
+class _Part(NamedTuple):
+    """This rank's part of a tensor of `shape`, which is cut along an axis; on the CPU."""
+
+    held: Tensor
+    shape: torch.Size
+    axis: int
+
+
+def to_first_rank(states: Any) -> Callable[[], Any]:
+    """Copy what dicts and lists of tensors hold now, and say how the first rank gets it whole.
+
+    What is returned has to be called on every rank, by any thread, while the training goes on: it
+    gives the first the same dicts and lists with whole tensors on the CPU, each with memory of its
+    own, and the others None.
+    """
+    copies = _each(states, _copied)
+
+    def put_together() -> Any:
+        joined = _each(copies, _joined)
+        return joined if rank() == 0 else None
+
+    return put_together
+
+
+def _each(value: Any, make: Callable[[Any], Any]) -> Any:
+    match value:
+        case Tensor() | _Part():
+            return make(value)
+        case dict():
+            return {name: _each(item, make) for name, item in value.items()}
+        case list():
+            return [_each(item, make) for item in value]
+        case _:
+            return value
+
+
+def _copied(tensor: Tensor) -> Tensor | _Part | None:
+    """What the first rank will need of this one."""
+    if not isinstance(tensor, DTensor):
+        return _on_cpu(tensor) if rank() == 0 else None
+    return _Part(_on_cpu(tensor.to_local()), tensor.shape, _axis(tensor))
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+
+
+def _joined(copy: Tensor | _Part) -> Tensor | None:
+    """The whole tensor on the first rank."""
+    if isinstance(copy, Tensor):
+        return copy
+    if rank() != 0:
+        if copy.held.numel():
+            dist.send(copy.held, 0, group=_beside)
+        return None
+    joined = torch.empty(copy.shape, dtype=copy.held.dtype)
+    for source, piece in enumerate(joined.chunk(world_size(), copy.axis)):
+        held = copy.held if source == 0 else torch.empty(piece.shape, dtype=piece.dtype)
+        if source:
+            dist.recv(held, source, group=_beside)
+        piece.copy_(held)
+    return joined
 
 
 class SyncBatchNorm(nn.BatchNorm2d):

@@ -22,7 +22,8 @@ PARAMS = "params.yaml"
 NAMED = 3  # changed parameters in a run's name
 # Sections whose parameters do not change a training's result, and parameters of others.
 SILENT = ("evaluation.", "tracking.", "launcher.", "gate")
-MACHINE = {"train.gpus", "train.device", "train.workers", "train.timeout", "train.work_dir"}
+MACHINE = {"train.gpus", "train.parallel", "train.device", "train.workers", "train.timeout"}
+MACHINE |= {"train.work_dir"}
 
 
 class Identity(TypedDict):

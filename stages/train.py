@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from pipeline.interruption import finishing, remember_said
 from pipeline.launchers.slurm import run_as_job
 from pipeline.launchers.torchrun import hand_over
 from pipeline.models import ModelParams, build_model
-from pipeline.models.network import Labels
+from pipeline.models.network import Labels, Network
 from pipeline.models.weights import averaged
 from pipeline.params import flatten, plain
 from pipeline.precision import PRECISIONS, Normalization
@@ -53,7 +54,7 @@ from pipeline.training.checkpoint import (
     save_model,
 )
 from pipeline.training.loop import Intervals, Progress, Training
-from pipeline.training.optimization import Learner, build_learner
+from pipeline.training.optimization import Learner, build_average, build_learner
 from pipeline.training.params import TrainParams
 from pipeline.training.state import (
     LogFile,
@@ -132,6 +133,7 @@ def run(params: Params, store: Store, device: torch.device, until: int | None) -
         distributed.seed_everything(options.seed, options.deterministic)
         checkpoint, progress = starting_point(params, state)
         learner = build(params, store, checkpoint, device)
+        del checkpoint  # which each process has read whole
         proper = first and until is None
         tracker = open_run(params, store, state, progress) if proper else Tracker()
         order, ahead = order_of(options, store, params.launcher.machines)
@@ -186,7 +188,7 @@ def run(params: Params, store: Store, device: torch.device, until: int | None) -
                         tracker,
                         code=code,
                         hashes=progress.hashes,
-                        machine=distributed.machine(device),
+                        machine=distributed.machine(device) | {"parallel": options.parallel},
                     )
             if until is None and params.launcher.machines > 1:
                 distributed.at("the outputs, which every machine gets")
@@ -353,20 +355,31 @@ def build(
     if checkpoint is not None or (options.load_from and options.load_strict):
         section = without_pretrained(section)  # it would be replaced at once
     precision = PRECISIONS[options.precision]
-    labels = Labels(len(store.classes), store.ignore_index, store.frequency)
-    network = build_model(section, labels)
-    network.to(device, precision.weights).to(memory_format=torch.channels_last)
+    network = build_network(params, section, store)
     if checkpoint is not None:  # by now the weights have its type: none of its digits is lost
         fill(network, checkpoint["model"], "the checkpoint to go on from")
     elif options.load_from:
         (path,) = start_files(options)
         load_weights(network, path, options.load_strict, store.classes)
-    model = distributed.parallelize(network, device)
+    average = build_average(network, options.ema_decay)
+    model = distributed.parallelize(
+        network,
+        device,
+        sharded=options.parallel == "fsdp",
+        copies=[] if average is None else [average.module],
+    )
     normalize = Normalization(section.mean, section.std, precision=precision, device=device)
-    learner = build_learner(model, network, normalize, options)
+    learner = build_learner(model, network, average=average, normalize=normalize, params=options)
     if checkpoint is not None:
-        learner.restore(checkpoint)
+        learner.restore(checkpoint, distributed.placed)
     return learner
+
+
+def build_network(params: Params, section: ModelParams, store: Store) -> Network:
+    """The network of the section `model`, on the CPU, of the type that it trains in."""
+    labels = Labels(len(store.classes), store.ignore_index, store.frequency)
+    network = build_model(section, labels).to(PRECISIONS[params.train.precision].weights)
+    return network.to(memory_format=torch.channels_last)
 
 
 def without_pretrained(section: ModelParams) -> ModelParams:
@@ -442,8 +455,10 @@ def write_model(params: Params, store: Store, learner: Learner) -> None:
     checkpoint = load_checkpoint(best if best.is_file() else last)
     temperature = None
     if params.train.validation:
-        predictor = predictor_of(params, learner)
-        fill(predictor.network, averaged(dict(checkpoint)), "the best checkpoint")
+        # The network that has trained may be sharded, and the other processes are done.
+        network = build_network(params, without_pretrained(params.model), store)
+        fill(network, averaged(dict(checkpoint)), "the best checkpoint")
+        predictor = replace(predictor_of(params, learner), network=network.to(learner.device))
         found = fit_temperature(predictor, store.split("val"), store.ignore_index)
         if found:
             temperature, before, after = found

@@ -9,7 +9,7 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -212,10 +212,10 @@ def _read_pickle(path: Path) -> Any:
     return content
 
 
-def tensors_md5(tensors: Mapping[str, Tensor]) -> str:
+def tensors_md5(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """md5 over names, types, shapes and bytes, in their order."""
     digest = hashlib.md5()
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         own = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {own.dtype} {tuple(own.shape)}".encode())
         digest.update(own.flatten().view(torch.uint8).numpy().data)
@@ -224,7 +224,7 @@ def tensors_md5(tensors: Mapping[str, Tensor]) -> str:
 
 def model_md5(described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """The checksum of a file of safetensors of ours: of its description and of its tensors."""
-    parts = [described, tensors_md5(dict(sorted(tensors.items())))]
+    parts = [described, tensors_md5(sorted(tensors.items()))]
     return hashlib.md5(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from pipeline import distributed
 from pipeline.disk import FORMAT, check_format, write_atomically
 from pipeline.errors import InputError, shown
 from pipeline.models.vit import ViT
@@ -76,7 +77,7 @@ class Checkpoint(Description):
 def build_checkpoint(
     states: dict[str, Any], iteration: int, best: Best | None, description: Description
 ) -> Checkpoint:
-    """A checkpoint of `states`, the learner's, on the CPU.
+    """A checkpoint of `states`, the learner's, whole and on the CPU.
 
     Nothing in it differs between two equal runs, so equal runs have equal files.
     """
@@ -85,8 +86,12 @@ def build_checkpoint(
 
 
 def weights_md5(network: nn.Module) -> str:
-    """md5 over the names, types, shapes and bytes of all that a network holds."""
-    return tensors_md5(network.state_dict())
+    """md5 over the names, types, shapes and bytes of all that a network holds.
+
+    Of a sharded one all ranks have to ask for it.
+    """
+    held = network.state_dict().items()
+    return tensors_md5((name, distributed.whole(tensor)) for name, tensor in held)
 
 
 def described_anew(checkpoint: Checkpoint, description: Description) -> Checkpoint:
@@ -98,7 +103,7 @@ def _canonical(value: Any) -> Any:
     """Equal content, equal bytes: pickle would record which strings and tuples are one object."""
     match value:
         case Tensor():
-            return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            return value.detach().contiguous()
         case dict():
             return {_canonical(name): _canonical(item) for name, item in value.items()}
         case list() | tuple():

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -142,7 +142,7 @@ class Training:
                 f"a process that loads batches has ended ({one_line(error)}): where the system has "
                 "ended it, memory or /dev/shm was too small; set train.workers to less"
             ) from None
-        if self._first and options.total == 0:  # the weights as they were loaded
+        if options.total == 0:  # the weights as they were loaded
             self._save(improved=False)
         self.writer.wait()
         self._bar.close()
@@ -224,7 +224,7 @@ class Training:
         saves = last or validates or progress.iteration % every.save == 0
         if logs or saves or self._asked:
             self._hear(wait=True)
-        if (saves or self._asked) and not self.learner.finite():
+        if (saves or self._asked) and not is_finite(self.learner):
             self._refuse(progress.iteration, finite_weights=False)
         entry: HistoryEntry = {"iteration": progress.iteration}
         scores = self._validate() if validates else {}
@@ -243,7 +243,7 @@ class Training:
                 self.track(entry)
                 log.info("%s", summary_line(entry, "  "))
         ends = last or stops or progress.iteration == self.until
-        if self._first and (progress.iteration in HASHED or ends):
+        if progress.iteration in HASHED or ends:
             progress.hashes[str(progress.iteration)] = weights_md5(self.learner.network)
         if saves or self._asked:
             best = progress.best
@@ -263,15 +263,16 @@ class Training:
         distributed.at(f"the validation after iteration {progress.iteration}")
         self._watch.pause()
         scores = None
-        if not self._asked:
-            scores = validate(
-                self.predictor, self.validation, self.description, self.interruption.noted
-            )
+        with distributed.gathered(self.predictor.network):
+            if not self._asked:
+                scores = validate(
+                    self.predictor, self.validation, self.description, self.interruption.noted
+                )
+            if self._first and scores is not None:
+                show_some(self.predictor, self.validation, progress.iteration, self.show)
         progress.unmeasured = scores is None
         if scores is None:
             return None
-        if self._first:
-            show_some(self.predictor, self.validation, progress.iteration, self.show)
         self.learner.model.train()
         self._watch.go_on()
         mean = scores["val/mean_iou"]
@@ -280,15 +281,14 @@ class Training:
         return scores | {f"val/best_{name}": value for name, value in progress.best.items()}
 
     def _save(self, improved: bool) -> None:
-        if self._first:
-            save_progress(
-                self.learner,
-                self.progress,
-                self.state,
-                self.description,
-                writer=self.writer,
-                improved=improved,
-            )
+        save_progress(
+            self.learner,
+            self.progress,
+            self.state,
+            self.description,
+            writer=self.writer,
+            improved=improved,
+        )
 
     def _interrupt(self) -> NoReturn:
         """End: the state after this very iteration is being saved."""
@@ -330,7 +330,8 @@ def train_step(learner: Learner, batch: Batch, accumulation: int, leave_out: boo
         for name, loss in losses.items():
             terms[name] = terms.get(name, 0) + loss.detach()
         distributed.alive()
-    finite = learner.clip() & torch.stack([*terms.values()]).sum().isfinite()
+    finite = distributed.whole(learner.clip())
+    finite = finite & torch.stack([*terms.values()]).sum().isfinite()
     if leave_out and distributed.sum_over_ranks((~finite).double()).item():
         for own, before in zip(network.buffers(), statistics, strict=True):
             own.copy_(before)
@@ -338,6 +339,11 @@ def train_step(learner: Learner, batch: Batch, accumulation: int, leave_out: boo
     else:
         learner.step()
     return Step(terms, finite)
+
+
+def is_finite(learner: Learner) -> bool:
+    """Whether all that a checkpoint holds of what learns is finite; waits for the device."""
+    return distributed.all_finite(learner.tensors(), learner.device)
 
 
 def mean_terms(progress: Progress) -> HistoryEntry:
@@ -412,25 +418,35 @@ def save_progress(
 ) -> None:
     """Save what a killed training goes on from, and the best checkpoint where this is it.
 
-    A copy is made at once, of which there is one at a time, and written while the training goes on.
+    All ranks copy what they hold at once; there is one copy at a time. While the training goes on
+    it is sent to the first rank and written there.
     """
     writer.wait()
-    checkpoint = build_checkpoint(learner.states(), progress.iteration, progress.best, description)
-    history, means = [*progress.history], deepcopy(progress.means)
-    saved = Saved(
-        format=FORMAT,
-        checkpoint=checkpoint,
-        history=history,
-        means=means,
+    put_together = distributed.to_first_rank(learner.states())
+    now = replace(
+        progress,
+        history=[*progress.history],
+        means=deepcopy(progress.means),
         hashes={**progress.hashes},
-        left_out=progress.left_out,
-        unmeasured=progress.unmeasured,
     )
 
     def write() -> None:
+        if (states := put_together()) is None:
+            return
+        checkpoint = build_checkpoint(states, now.iteration, now.best, description)
         if improved:
             state.save_best(checkpoint)
-        state.save(saved)
+        state.save(
+            Saved(
+                format=FORMAT,
+                checkpoint=checkpoint,
+                history=now.history,
+                means=now.means,
+                hashes=now.hashes,
+                left_out=now.left_out,
+                unmeasured=now.unmeasured,
+            )
+        )
 
     writer.start(write)
 

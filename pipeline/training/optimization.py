@@ -1,6 +1,7 @@
 """From gradients to weights: optimizer, learning rate, gradient scaler, moving average."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,20 @@ from pipeline.precision import PRECISIONS, Normalization, Precision
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.params import TrainParams
 
+Placing = Callable[[Tensor, Tensor], Tensor]  # a whole tensor, and one like that to be made of it
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def copied(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy in memory as `like` is, which a tensor of a file is not."""
+    return torch.empty_like(like).copy_(tensor)
 
 
 @dataclass(frozen=True)
 class Learner:
     """A network with all that trains it: all tensors that change while a training runs.
 
+    Where the network is sharded, each process holds a part of most of them.
     `model` is what a step calls: the network, on several processes in what shares its gradients.
     `scaler` does nothing unless train.precision is fp16. `average` holds the moving average of the
     weights, beside the network's own statistics of batch normalisation; None without
@@ -64,10 +72,10 @@ class Learner:
         """
         self.scaler.unscale_(self.optimizer)
         gradients = [own.grad for own in self.network.parameters() if own.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
         if self.clip_grad_norm is not None:
             parameters = self.network.parameters()
-            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad_norm, norm, foreach=True)
         return norm.isfinite() | self.scaler.is_enabled()
 
     def leave_out(self) -> None:
@@ -83,14 +91,13 @@ class Learner:
         if self.average is not None:
             self.average.update_parameters(self.network)
 
-    def finite(self) -> bool:
-        """Whether all that a checkpoint holds of this is finite; waits for the device."""
+    def tensors(self) -> list[Tensor]:
+        """All that a checkpoint holds of this."""
         tensors = [*self.network.state_dict().values()]
         for state in self.optimizer.state.values():
             tensors += [one for one in state.values() if isinstance(one, Tensor)]
         tensors += [] if self.average is None else self.average.module.state_dict().values()
-        found = [one.isfinite().all().to(self.device) for one in tensors]
-        return bool(torch.stack(found).all())
+        return tensors
 
     def states(self) -> dict[str, Any]:
         """What a checkpoint holds of all this."""
@@ -104,18 +111,25 @@ class Learner:
             states["ema"] = self.average.module.state_dict()
         return states
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint, placed: Placing = copied) -> None:
         """Go on from a checkpoint whose weights the network has; what it lacks starts anew.
+
+        `placed` says what this process is to hold of a tensor, for one that lies in memory already.
 
         Raises:
             InputError: what it knows beside the weights is not of this network.
         """
         try:
-            restore_optimizer(self.optimizer, checkpoint["optimizer"], self.network)
+            saved = checkpoint["optimizer"]
+            restore_optimizer(self.optimizer, saved, self.network, placed)
             if self.scaler.is_enabled() and "scaler" in checkpoint:
                 self.scaler.load_state_dict(checkpoint["scaler"])
             if self.average is not None and "ema" in checkpoint:
-                self.average.module.load_state_dict(checkpoint["ema"])
+                module = self.average.module
+                own = module.state_dict()
+                given = checkpoint["ema"].items()
+                held = {name: _fitting(value, own[name], placed) for name, value in given}
+                module.load_state_dict(held)
                 self.average.n_averaged.fill_(1)  # 0 would take the next weights for the average
         except MALFORMED as error:
             raise InputError(
@@ -124,21 +138,32 @@ class Learner:
             ) from error
 
 
+def build_average(network: Network, decay: float | None) -> AveragedModel | None:
+    """A moving average of the network's weights, which so far are those it has; None without decay.
+
+    Source: https://docs.pytorch.org/docs/stable/optim.html#weight-averaging-swa-and-ema
+    """
+    if decay is None:
+        return None
+    update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(network, multi_avg_fn=update)
+
+
 def build_learner(
-    model: nn.Module, network: Network, normalize: Normalization, params: TrainParams
+    model: nn.Module,
+    network: Network,
+    *,
+    average: AveragedModel | None,
+    normalize: Normalization,
+    params: TrainParams,
 ) -> Learner:
     """The network with all that trains it; `model` is the network as it trains, see Learner.
 
     Raises:
         InputError: train.layer_decay is set, and the backbone has no order of layers.
 
-    Sources: https://arxiv.org/abs/1710.03740 (scaler),
-    https://docs.pytorch.org/docs/stable/optim.html#weight-averaging-swa-and-ema (average)
+    Source: https://arxiv.org/abs/1710.03740 (scaler)
     """
-    average = None
-    if params.ema_decay is not None:
-        update = get_ema_multi_avg_fn(params.ema_decay)  # type: ignore[no-untyped-call]
-        average = AveragedModel(network, multi_avg_fn=update)
     device = normalize.mean.device.type
     return Learner(
         model=model,
@@ -156,7 +181,10 @@ def build_optimizer(network: Network, params: TrainParams) -> torch.optim.Optimi
     """SGD with momentum, or AdamW (https://arxiv.org/abs/1711.05101)."""
     groups = parameter_groups(network, params)
     if params.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, params.lr, momentum=params.momentum, fused=True)
+        fused = all(type(own) is nn.Parameter for own in network.parameters())
+        optimizer = torch.optim.SGD(  # torch fuses no steps of sharded parameters by SGD
+            groups, params.lr, momentum=params.momentum, fused=fused, foreach=not fused
+        )
         if params.momentum:  # else a first step that overflows in fp16 leaves memory nobody wrote
             for group in optimizer.param_groups:
                 for own in group["params"]:
@@ -209,9 +237,12 @@ def layer_multiplier(backbone: nn.Module, name: str, layer_decay: float) -> floa
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, saved: dict[str, Any], model: nn.Module
+    optimizer: torch.optim.Optimizer,
+    saved: dict[str, Any],
+    model: nn.Module,
+    placed: Placing = copied,
 ) -> None:
-    """Give every parameter what an optimizer's state knew of it, by name.
+    """Give every parameter what an optimizer's state knew of it, by name; see `Learner.restore`.
 
     Groups and settings stay: what params.yaml says holds, whatever the checkpoint was trained with.
     """
@@ -220,15 +251,27 @@ def restore_optimizer(
     states = {names[index]: state for index, state in saved["state"].items()}
     groups = optimizer.state_dict()["param_groups"]
     own = [name for group in groups for name in group["param_names"]]
-    state = {index: states[name] for index, name in enumerate(own) if name in states}
+    parameters = dict(model.named_parameters())
+    state = {
+        index: {
+            key: _fitting(value, parameters[name], placed) if _of_places(value) else value
+            for key, value in states[name].items()
+        }
+        for index, name in enumerate(own)
+        if name in states
+    }
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    for parameter, held in optimizer.state.items():
-        for name, value in held.items():  # in memory as the parameter is, which a file is not
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                held[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-            elif isinstance(value, Tensor) and value.dim() > 0:
-                shapes = tuple(value.shape), tuple(parameter.shape)
-                raise ValueError(f"{name} is {shapes[0]} for a parameter {shapes[1]}")
+
+
+def _of_places(value: Any) -> bool:
+    """Whether a state has a value for each of its parameter's, and not one for them all."""
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _fitting(value: Tensor, like: Tensor, placed: Placing) -> Tensor:
+    if value.shape != like.shape:
+        raise ValueError(f"{tuple(value.shape)} for a tensor {tuple(like.shape)}")
+    return placed(value, like)
 
 
 def learning_rate(params: TrainParams, iteration: int, lr_mult: float = 1.0) -> float:

@@ -47,6 +47,7 @@ class TrainParams(Section):
     """Every key is explained beside it in params.yaml."""
 
     gpus: Few
+    parallel: Literal["ddp", "fsdp"]
     device: Literal["auto", "cuda", "cpu"]
     workers: int = Field(ge=0, le=1024)
     timeout: Annotated[int, Field(ge=1, le=86400)]

@@ -53,7 +53,7 @@ FINISHED = "finished"  # the file that marks the state of the last finished trai
 # These change where, how fast and how safely a training runs, not its result; nor does
 # model.backbone.with_cp.
 # The md5 of the files that a training starts from stands for their names.
-NEUTRAL = {"gpus", "device", "workers", "timeout", "work_dir"}
+NEUTRAL = {"gpus", "parallel", "device", "workers", "timeout", "work_dir"}
 NEUTRAL |= {"load_from", "resume_from", "checkpoint"}
 # Of `evaluation`, what the result of the validation during training follows from. It obeys
 # batch_size, too, which changes its speed and memory alone.

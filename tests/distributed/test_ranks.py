@@ -4,31 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from pipeline.disk import file_md5
-from tests.forked import Forked
-from tests.project import (
-    NETWORKS,
-    REPOSITORY,
-    SMALL,
-    environment,
-    make_project,
-    metrics,
-    set_params,
-    stage,
-)
-from tests.server import free_port
-
-CHANGES = {
-    "train.precision": "fp64",
-    "train.iterations": 10,
-    "train.batch_size": 8,
-    "train.accumulation": 2,
-    "train.validate": False,
-    "model.head.dropout": 0.5,
-    "tracking.log_interval": 10,
-}
+from tests.distributed.ranks import CHANGES, difference, ranks_of, set_up, train
+from tests.project import NETWORKS, make_project, metrics, set_params, stage
 
 
 @pytest.fixture(scope="module")
@@ -36,59 +15,6 @@ def project(folder: Path) -> Path:
     make_project(folder, {"train": 10, "val": 4, "test": 7}, **CHANGES)
     stage(folder, "prepare")
     return folder
-
-
-def set_up(project: Path, **changes: object) -> None:
-    """The parameters of a training, and nothing left of the ones before."""
-    shutil.copy(REPOSITORY / "params.yaml", project)
-    set_params(project, SMALL | CHANGES | changes)
-    for left in (".dvc/tmp/instep", "mlartifacts"):
-        shutil.rmtree(project / left, ignore_errors=True)
-
-
-def ranks_of(project: Path, processes: int, module: str, *arguments: str) -> list[int]:
-    """The exit codes of ranks, started by nothing that sets more than their environment."""
-    meeting = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-    meeting["MASTER_PORT"] = str(free_port())
-    ranks = [
-        Forked(
-            module,
-            *arguments,
-            cwd=project,
-            env=environment(**meeting, RANK=rank, LOCAL_RANK=rank),
-            said=project / f"rank{rank}.txt",
-        )
-        for rank in map(str, range(processes))
-    ]
-    return [rank.wait(timeout=300) for rank in ranks]
-
-
-def train(
-    project: Path, processes: int, module: str = "stages.train", *arguments: str, **changes: object
-) -> Path:
-    """Train anew and return the last checkpoint."""
-    set_up(project, **changes)
-    codes = ranks_of(project, processes, module, *arguments)
-    assert not any(codes), (project / "rank0.txt").read_text()
-    return project / "outputs/checkpoints/last.pt"
-
-
-def difference(one: Path, other: Path) -> float:
-    """The largest difference of a tensor, averaged ones included, relative to its norm.
-
-    A bias that batch normalisation takes away again learns nothing: it holds 1e-18 of rounding.
-    """
-    a, b = (tensors(torch.load(path, weights_only=True)) for path in (one, other))
-    assert a.keys() == b.keys()
-    return max(
-        float((a[name] - b[name]).double().norm() / a[name].double().norm().clamp(min=1e-6))
-        for name in a
-    )
-
-
-def tensors(checkpoint: dict) -> dict[str, torch.Tensor]:
-    average = checkpoint.get("ema", {})
-    return checkpoint["model"] | {f"ema.{name}": value for name, value in average.items()}
 
 
 def one_process(project: Path, name: str = "pspnet") -> Path:

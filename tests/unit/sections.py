@@ -13,7 +13,7 @@ from pipeline.experiment import Params, load_params
 from pipeline.models import ModelParams, build_model
 from pipeline.models.network import Labels, Network
 from pipeline.precision import PRECISIONS, Normalization
-from pipeline.training.optimization import Learner, build_learner
+from pipeline.training.optimization import Learner, build_average, build_learner
 from pipeline.yaml12 import read_yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -74,6 +74,7 @@ def learner_of(given: Params, num_classes: int) -> Learner:
     precision = PRECISIONS[given.train.precision]
     network = build(given.model, num_classes).to(CPU, precision.weights)
     network.to(memory_format=torch.channels_last).train()
+    average = build_average(network, given.train.ema_decay)
     model = parallelize(network, CPU)
     normalize = Normalization(given.model.mean, given.model.std, precision=precision, device=CPU)
-    return build_learner(model, network, normalize, given.train)
+    return build_learner(model, network, average=average, normalize=normalize, params=given.train)

@@ -24,7 +24,7 @@ NAMES = recipe.names()
 # What a recipe leaves to the user and the machine; all else it sets.
 LEFT = {
     *recipe.LEFT,
-    *(f"train.{name}" for name in ("gpus", "device", "workers", "timeout")),
+    *(f"train.{name}" for name in ("gpus", "parallel", "device", "workers", "timeout")),
     *(f"train.{name}" for name in ("seed", "deterministic")),
     "train.work_dir",
     "gate",
