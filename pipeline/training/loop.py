@@ -382,7 +382,8 @@ def out_of_memory(error: torch.OutOfMemoryError, options: TrainParams) -> str:
     said = f"the device's memory does not hold a step: {str(error).partition('. ')[0]}"
     if parts:
         said += f"; set train.accumulation: {options.accumulation * parts[0]}"
-    return f"{said}; or model.backbone.with_cp: true, train.precision: bf16, a smaller crop_size"
+    said += "; or model.backbone.with_cp: true, train.precision: bf16, a smaller crop_size"
+    return said if options.parallel == "fsdp" else f"{said}, several GPUs by train.parallel: fsdp"
 
 
 def validate(

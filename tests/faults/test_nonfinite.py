@@ -120,7 +120,9 @@ def test_the_next_larger_accumulation_is_one_that_divides_the_batch() -> None:
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
     text = out_of_memory(error, options(batch_size=24, base_batch_size=24, accumulation=8))
     assert "set train.accumulation: 24" in text
+    assert text.endswith("several GPUs by train.parallel: fsdp")
     assert "accumulation" not in out_of_memory(error, options(batch_size=4, accumulation=4))
+    assert "several" not in out_of_memory(error, options(parallel="fsdp"))
 
 
 @pytest.mark.parametrize(
