@@ -2,13 +2,14 @@
 # make soak: kills and signals at random moments, and files broken at random, by the thousand.
 # make check: before a commit. make coverage: the whole suite, and what it reaches.
 # make plots: the plots of experiments, side by side. make ui: runs in MLflow.
+# make server: MLflow for a team, with passwords, see docs/team.md.
 # make bench: beside MMSegmentation, see benchmarks/README.md.
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install repro check quick test soak coverage lint plots ui bench lock
+.PHONY: install repro check quick test soak coverage lint plots ui server bench lock
 
 install: $(INSTALLED)
 
@@ -58,10 +59,14 @@ ui: $(INSTALLED)
 	@echo 'runs by their scores: http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=scores'
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
+# ARGS are options of `python -m stages.server`, or of `mlflow server`: --host, --port.
+ARGS :=
+server: $(INSTALLED)
+	python -m stages.server $(ARGS)
+
 # PEER is an environment with MMSegmentation; the default is made where it is missing.
 PEER := benchmarks/.venv
 ROWS :=
-ARGS :=
 bench: $(INSTALLED) $(filter benchmarks/.venv/.installed,$(PEER)/.installed)
 	python -m benchmarks.run $(ROWS) --peer $(PEER) $(ARGS)
 
@@ -86,7 +91,8 @@ $(INSTALLED): pyproject.toml requirements.lock requirements-torch.txt
 # After a change of pyproject.toml. It keeps the versions that requirements.lock has;
 # `make lock UPGRADE=--upgrade` takes the newest. uv is there after `make install`.
 lock:
-	uv pip compile --quiet $(UPGRADE) --group dev --python-version 3.11 --python-platform linux \
+	uv pip compile --quiet $(UPGRADE) --extra team --group dev \
+	    --python-version 3.11 --python-platform linux \
 	    --generate-hashes --annotation-style line --custom-compile-command "make lock" \
 	    --constraint requirements-torch.txt --no-emit-package torch --no-emit-package torchvision \
 	    --output-file requirements.lock pyproject.toml

@@ -68,6 +68,16 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Within the block signals wait; a process that it starts never gets them (POSIX)."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     say(said_of(number))
     os._exit(INTERRUPTED)

@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from pipeline import distributed
 from pipeline.data.loader import Samples
 from pipeline.data.order import (
+    NEAR,
     WINDOW,
     BlockOrder,
     ClassOrder,
@@ -135,7 +136,7 @@ def run(params: Params, store: Store, device: torch.device, until: int | None) -
         del checkpoint  # which each process has read whole
         proper = first and until is None
         tracker = open_run(params, store, state, progress) if proper else Tracker()
-        order, ahead = order_of(options, store)
+        order, ahead = order_of(options, store, params.launcher.machines)
         # Lines that are logged appear above the progress bar.
         above = logging_redirect_tqdm([log]) if sys.stderr.isatty() else nullcontext()
         with (
@@ -200,17 +201,19 @@ def outputs_in(work_dir: Path) -> list[Path]:
     return [*sorted((work_dir / "checkpoints").iterdir()), *(work_dir / name for name in names)]
 
 
-def order_of(options: TrainParams, store: Store) -> tuple[Order, int]:
+def order_of(options: TrainParams, store: Store, machines: int) -> tuple[Order, int]:
     """The order of the samples, and how many numbers before its turn a shard is asked for.
 
     Raises:
-        InputError: the order needs shards that this machine has no room for.
+        InputError: the order needs more shards at a time than this machine has room for.
     """
     split, size = store.split("train"), options.batch_size
     if options.shuffle == "blocks":
         sizes = split.entries.shard_sizes()
+        near = NEAR * size // machines
+        store.require_room("train", near, f"train.batch_size: {size}", " or lower train.batch_size")
         return BlockOrder(sizes, size, options.seed), 0 if store.is_local else WINDOW * size
-    store.require_room("train")
+    store.require_room("train", None, "train.shuffle: full", " or use train.shuffle: blocks")
     ahead = 0 if store.is_local else ITERATIONS_AHEAD * size
     if options.rare_class_temperature is None:
         return FullOrder(len(split), options.seed), ahead

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from pipeline.server import programs
+
 
 def install(needed: dict[str, str], *options: str) -> None:
     """Have these programs, each of a Debian package, by apt-get with these options.
@@ -15,7 +17,7 @@ def install(needed: dict[str, str], *options: str) -> None:
     Raises:
         AssertionError: some are missing, and why they can't be installed here.
     """
-    path = f"{os.environ['PATH']}:/usr/sbin"  # where only root's programs are looked for
+    path = f"{programs()}:/usr/sbin"  # the last is where only root's programs are looked for
     # apt-get refuses to run beside another, which a test in another process may have started.
     with FileLock(Path(tempfile.gettempdir()) / "instep-packages.lock"):
         missing = [name for one, name in needed.items() if not shutil.which(one, path=path)]

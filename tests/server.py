@@ -1,14 +1,17 @@
-"""What MLflow serves, on loopback and in a process of its own."""
+"""Servers on loopback, each in a process of its own: what MLflow serves, and a bucket of S3."""
 
 import http.client
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+
+import boto3
 
 from tests.project import environment
 
@@ -20,7 +23,7 @@ def free_port() -> int:
 
 
 class LocalServer:
-    """A command of MLflow's that listens on a free port, from its first answer for `page` on.
+    """A command that listens on a free port of --host, from its first answer for `page` on.
 
     It runs in `folder`, and what it says is in server.log there.
     """
@@ -77,3 +80,27 @@ class LocalServer:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+class Bucket(LocalServer):
+    """A service as S3 with the bucket `team`, which it forgets at its end.
+
+    `keys` are those to it, and where it is for boto3 and MLflow.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__([sys.executable, "-m", "moto.server"], "/moto-api/", folder)
+        self.keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+        self.keys |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": self.address}
+        self.keys |= {"MLFLOW_S3_ENDPOINT_URL": self.address}
+        named = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
+        self.client: Any = boto3.client(
+            "s3", region_name="us-east-1", endpoint_url=self.address, **named
+        )
+        self.client.create_bucket(Bucket="team")
+
+    def files(self) -> dict[str, bytes]:
+        """What the bucket holds, by key."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket="team")
+        keys = [one["Key"] for page in pages for one in page.get("Contents", [])]
+        return {key: self.client.get_object(Bucket="team", Key=key)["Body"].read() for key in keys}

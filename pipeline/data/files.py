@@ -4,6 +4,7 @@ A file is what its content says, whatever its name does. Its header is read firs
 too many pixels, of several images or of a lossy format is refused before anything is decoded.
 """
 
+import os
 import re
 import struct
 import zlib
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
+from posixpath import splitext
 from typing import Any, TypeVar
 
 import cv2
@@ -60,10 +62,10 @@ def by_stem(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], lis
             "name it, and in a --temp or queued run it must be tracked by git or `dvc add`"
         ]
     problems = [
-        f"{path}: a link to {'a folder' if path.is_dir() else 'nothing'}, which DVC does not "
-        "follow; put the files there"
-        for path in sorted(folder.rglob("*"))
-        if path.is_symlink() and not path.is_file()
+        f"{folder / name}: a link to {'a folder' if entry.is_dir() else 'nothing'}, which DVC does "
+        "not follow; put the files there"
+        for name, entry in _entries(folder)
+        if entry.is_symlink() and not entry.is_file()
     ]
     found, unclear = stems(folder, suffixes)
     problems += unclear
@@ -76,13 +78,14 @@ def stems(folder: Path, suffixes: Sequence[str]) -> tuple[dict[str, Path], list[
     """The same of the files that are there, and what is unclear of their names, a line each."""
     found: dict[str, Path] = {}
     unclear = []
-    for path in _files(folder):
-        if path.suffix.lower() not in suffixes:
+    for name in _files(folder):
+        stem, suffix = splitext(name)
+        if suffix.lower() not in suffixes:
             continue
+        path = folder / name
         if not is_utf8(path):
             unclear.append(f"{path}: {UNNAMED}")
             continue
-        stem = path.relative_to(folder).with_suffix("").as_posix()
         if stem in found:
             unclear.append(f"{path}: same stem as {found[stem].name}; keep one of them")
         found[stem] = path
@@ -100,18 +103,37 @@ def is_utf8(path: Path) -> bool:
 
 def _instead(folder: Path) -> str:
     """What a folder holds, for the end of a message that says what it lacks."""
-    counts = Counter(path.suffix.lower() or "without a suffix" for path in _files(folder))
+    suffixes = (splitext(name)[1].lower() for name in _files(folder))
+    counts = Counter(suffix or "without a suffix" for suffix in suffixes)
     said = "".join(f", but {count} {suffix}" for suffix, count in counts.items())
     if counts.keys() & {".jpg", ".jpeg"}:
         said += "; JPEG changes ids along every edge: save the targets' source as PNG"
     return said
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
-            yield path
+def _files(folder: Path) -> Iterator[str]:
+    """The paths of the files below a folder, relative to it, that are not hidden."""
+    for name, entry in _entries(folder):
+        if entry.is_file() and not any(part.startswith(".") for part in name.split("/")):
+            yield name
+
+
+def _entries(folder: Path) -> list[tuple[str, "os.DirEntry[str]"]]:
+    """All that lies below a folder, by its path relative to it, sorted part by part.
+
+    Paths are text here: a million of pathlib's take minutes.
+    """
+    found = []
+    folders = [""]
+    while folders:
+        above = folders.pop()
+        with os.scandir(folder / above) as entries:
+            for entry in entries:
+                name = above + entry.name
+                found.append((name, entry))
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{name}/")
+    return sorted(found, key=lambda one: one[0].replace("/", "\0"))
 
 
 def read_image(path: Path, max_pixels: int = LARGEST) -> tuple[Array, int]:

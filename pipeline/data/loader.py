@@ -4,7 +4,6 @@ The sample number counts on for ever: number = iteration * batch_size + position
 batch. Neither ranks nor workers nor a restart change how an image is drawn.
 """
 
-import signal
 from collections.abc import Iterator
 
 import cv2
@@ -18,7 +17,6 @@ from pipeline.data.store import Split
 from pipeline.data.table import Array
 from pipeline.data.transforms import AugmentationParams, augment
 from pipeline.errors import InputError
-from pipeline.interruption import SIGNALS
 
 # Independent streams of the seed, beside that of the order.
 AUGMENTATION, MODEL = 1, 2
@@ -126,7 +124,5 @@ def build_loader(
 
 
 def _begin_worker(worker: int) -> None:
-    """One thread a worker; what asks all processes to end is for the one that loads for a step."""
+    """One thread a worker."""
     cv2.setNumThreads(1)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

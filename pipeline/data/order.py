@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 ORDER = 0  # the stream of the seed that all orders are drawn from
 WINDOW = 256  # images that are shuffled among one another in a block order
+NEAR = 5  # shards of 128 images that a window and the next one lie in, at most
 
 Indices = NDArray[np.intp]
 

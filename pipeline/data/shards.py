@@ -4,7 +4,7 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -193,9 +193,9 @@ class CachedShards:
             self._expected.add(name)
             self._fetchers.submit(self._fetch_ahead, name)
 
-    def size(self, names: Iterable[str]) -> int:
-        """The bytes of some shards."""
-        return sum(self.files[name][1] for name in names)
+    def size(self, name: str) -> int:
+        """The bytes of a shard."""
+        return self.files[name][1]
 
     def cached(self) -> dict[Path, str]:
         """The md5 of each shard that is in the cache, by its path."""

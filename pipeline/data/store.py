@@ -170,14 +170,17 @@ class Store:
         if not self._splits[split]:
             raise InputError(f"{asked}, but the data set has no labelled {split} image; {remedy}")
 
-    def require_room(self, split: str) -> None:
-        """Raise an InputError where the cache of an object store can't hold all of a split."""
+    def require_room(self, split: str, count: int | None, asked: str, remedy: str) -> None:
+        """Raise an InputError where an object store's cache can't hold so many shards of a split.
+
+        `asked` is what needs them, all where `count` is None.
+        """
         if isinstance(self._shards, CachedShards):
-            needed = self._shards.size(self._splits[split].used_shards())
-            if needed > self._shards.limit:
+            sizes = sorted(map(self._shards.size, self._splits[split].used_shards()), reverse=True)
+            if (needed := sum(sizes[:count])) > self._shards.limit:
                 raise InputError(
-                    f"train.shuffle: full draws from all {amount(needed)} of {split}, and "
-                    f"{CACHE_GB} allows {amount(self._shards.limit)}; use train.shuffle: blocks"
+                    f"{asked} needs {amount(needed)} of {split} at a time, and {CACHE_GB} allows "
+                    f"{amount(self._shards.limit)}; raise it{remedy}"
                 )
 
     @property

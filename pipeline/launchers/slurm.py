@@ -5,7 +5,6 @@ Source: https://slurm.schedmd.com/sbatch.html
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from pipeline.errors import INTERRUPTED, InputError
-from pipeline.interruption import SIGNALS
+from pipeline.interruption import holding_signals
 from pipeline.launchers.torchrun import Meeting
 from pipeline.params import Few, Section, main_checkout
 
@@ -139,8 +138,7 @@ def _run(module: str, arguments: Sequence[str], job: Job) -> Ended:
     follower = None
     try:
         # Signals wait until the number is known: nobody would cancel a job that has none.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
+        with holding_signals():
             answer = _ask(
                 [
                     "sbatch",
@@ -158,8 +156,6 @@ def _run(module: str, arguments: Sequence[str], job: Job) -> Ended:
                 ]
             )
             follower = _Follower(answer.partition(";")[0], folder)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return follower.wait()
     except BaseException:
         if follower is not None:

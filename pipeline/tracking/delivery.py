@@ -33,9 +33,11 @@ from pipeline.tracking.store import (
     EVALUATION_TAG,
     KEY_TAG,
     PARENT_TAG,
+    USER_TAG,
     Patience,
     connect,
     find_run,
+    user,
 )
 
 if TYPE_CHECKING:
@@ -200,9 +202,8 @@ class Delivery:
             found = find_run(client, experiment, None, self._spool.key)
             if found is None and self._rewound():
                 return None
-            run = found or client.create_run(
-                experiment, start["time"], {KEY_TAG: self._spool.key}, start["name"]
-            )
+            tags = {KEY_TAG: self._spool.key, USER_TAG: user()}
+            run = found or client.create_run(experiment, start["time"], tags, start["name"])
             new = found is None
         _remove_half_files(run)
         last = {point.key: int(point.step) for point in run.data.to_proto().metrics}
@@ -229,7 +230,8 @@ class Delivery:
         mine = f"tags.{EVALUATION_TAG} = '{fingerprint}'"
         mine += f" and tags.`{PARENT_TAG}` = '{parent}'" if parent else ""
         same = client.search_runs([experiment], mine, max_results=1)
-        tags = {EVALUATION_TAG: fingerprint} | ({PARENT_TAG: parent} if parent else {})
+        tags = {EVALUATION_TAG: fingerprint, USER_TAG: user()}
+        tags |= {PARENT_TAG: parent} if parent else {}
         own = same[0] if same else client.create_run(experiment, start["time"], tags, start["name"])
         if own.info.status == "RUNNING":
             client.set_terminated(own.info.run_id, end_time=start["time"])

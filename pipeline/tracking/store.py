@@ -1,5 +1,6 @@
 """MLflow's store: where it is, how long it is waited for, and what it holds of runs."""
 
+import getpass
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ KEY_TAG = "run.key"  # our own name of a training's run, by which it is found ag
 EVALUATION_TAG = "evaluation"  # the fingerprint of the evaluation whose scores a run holds
 INTERVAL_TAG = "mean_iou.interval"  # the ends of the 95% interval of that evaluation's mean IoU
 PARENT_TAG = "mlflow.parentRunId"
+USER_TAG = "mlflow.user"
 # What a person sees under "Views" on MLflow's page of an experiment: its table of runs by their
 # scores. Of itself the table shows no metric.
 VIEW = {
@@ -54,6 +56,8 @@ OPENING = 60.0  # for the store's tables, which another process may be creating
 ANSWER = 10  # for one answer of a server
 RATE = 1_000_000  # bytes a second at which a server should take a file, at least
 
+CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+CERTIFICATE = "MLFLOW_TRACKING_SERVER_CERT_PATH"
 RETRIES, LIMIT = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 
@@ -72,8 +76,8 @@ class TrackingParams(Section):
         if uri is not None and uri != without_password(uri):
             raise InputError(
                 "holds a user or password, which git and MLflow would keep with params.yaml; leave "
-                "them out here, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-                "for a database MLFLOW_TRACKING_URI"
+                f"them out here, and set {' and '.join(CREDENTIALS)}, or for a database "
+                "MLFLOW_TRACKING_URI"
             )
         return uri
 
@@ -193,8 +197,13 @@ class Patience:
 
 
 def quiet() -> None:
-    """Have MLflow print nothing, and report its use to nobody."""
+    """Have MLflow print nothing, report its use to nobody, and talk to its server alone.
+
+    It would take large files to the server's bucket itself, which may be out of reach from here.
+    """
     for name, value in (
+        ("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false"),
+        ("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false"),
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
         ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
@@ -258,18 +267,43 @@ def store_uri(params: TrackingParams) -> str:
     return f"sqlite:///{main_checkout() / relative[1]}" if relative else uri
 
 
+def user() -> str:
+    """Who logs: the name that a server asks for, or else that of the system."""
+    from mlflow.utils.credentials import read_mlflow_creds
+
+    named = read_mlflow_creds().username
+    try:
+        return named or getpass.getuser()
+    except (KeyError, OSError):  # the system knows no name, as in a container
+        return "unknown"
+
+
 def reason(error: Exception) -> str:
     """Why MLflow has not done what was asked for, in one line."""
     import requests
 
     link: BaseException | None = error
     while link is not None:
+        if _refuses_user(link):
+            return "user or password are wrong or missing: set " + " and ".join(CREDENTIALS)
+        if isinstance(link, requests.exceptions.SSLError):
+            return f"its certificate is not trusted here, see {CERTIFICATE}: {one_line(link)}"
         if isinstance(link, requests.exceptions.Timeout):
             return "no answer in time"
         if isinstance(link, requests.exceptions.ConnectionError):
             return "no connection"
         link = link.__cause__ or link.__context__
     return without_password(one_line(error))
+
+
+def _refuses_user(error: BaseException) -> bool:
+    """Whether a server has answered with status 401, to a request of MLflow's or with a file."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, requests.exceptions.HTTPError) and error.response is not None:
+        return error.response.status_code == 401
+    return isinstance(error, MlflowException) and error.error_code == "UNAUTHENTICATED"
 
 
 def without_password(text: str) -> str:

@@ -21,7 +21,7 @@ from pipeline.disk import FORMAT
 from pipeline.errors import InputError, Interrupted, one_line
 from pipeline.evaluation.inference import Predictor, evaluate, predictions
 from pipeline.evaluation.metrics import HistoryEntry, summarize
-from pipeline.interruption import Interruption, remember_said
+from pipeline.interruption import Interruption, holding_signals, remember_said
 from pipeline.monitor import FIRST
 from pipeline.params import flatten
 from pipeline.training.checkpoint import Best, Description, build_checkpoint, weights_md5
@@ -149,7 +149,10 @@ class Training:
 
     def _train(self, batches: RankBatches) -> None:
         pinned = self.learner.device.type == "cuda"
-        for batch in build_loader(self.samples, batches, self.options.workers, pinned):
+        loader = build_loader(self.samples, batches, self.options.workers, pinned)
+        with holding_signals():  # what asks all processes to end is not for those that load
+            arriving = iter(loader)
+        for batch in arriving:
             self._watch.fetched()
             self._iterate(batch)
             if self._conclude():

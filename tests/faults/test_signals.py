@@ -16,7 +16,7 @@ import pytest
 from pipeline.data import audit
 from pipeline.disk import file_md5
 from pipeline.errors import Interrupted
-from pipeline.interruption import SIGNALS, finishing, raise_by_signals
+from pipeline.interruption import SIGNALS, finishing, holding_signals, raise_by_signals
 from tests.faults.stage import ENDED, end_of, said, started, state_of, wait_for
 from tests.pipeline.test_killed import FILES, curves
 from tests.project import REPOSITORY, environment, make_project, query, stage
@@ -183,6 +183,30 @@ def ends_by_signals(pid: int) -> bool:
     """Whether a process handles the last of the signals that a stage handles."""
     caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
     return bool(int(caught[1], 16) >> (SIGNALS[-1] - 1) & 1)
+
+
+def test_a_process_that_is_started_while_signals_are_held_gets_none() -> None:
+    """As those are that load batches: torchrun signals the whole group."""
+    with holding_signals():
+        process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    for number in SIGNALS:
+        process.send_signal(number)
+    process.communicate(b"\n", timeout=60)
+    assert process.returncode == 0
+
+
+def test_a_signal_that_comes_while_signals_are_held_comes_after_that() -> None:
+    done = []
+
+    def work() -> None:
+        with holding_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("all")
+
+    raise_by_signals()
+    with pytest.raises(Interrupted):
+        work()
+    assert done == ["all"]
 
 
 def test_a_signal_that_comes_too_late_to_end_anything_is_told_of() -> None:

@@ -17,7 +17,7 @@ FILES = {
 STAGES = read_yaml(REPOSITORY / "dvc.yaml")["stages"]
 STAGES |= read_yaml(REPOSITORY / "export/dvc.yaml")["stages"]  # with wdir: .., the same paths
 # What people run, and no stage: in stages/ for `python -m stages.recipe`.
-COMMANDS = {"compare", "labels", "predict", "recipe", "runs"}
+COMMANDS = {"compare", "labels", "predict", "recipe", "runs", "server"}
 # They change no result: they import, tell of it, time it, refuse parameters before it, or end it.
 REPORTING = {"pipeline", "pipeline.training.speed", "pipeline.experiment", "stages"}
 REPORTING |= {"pipeline.errors", "pipeline.interruption", "pipeline.monitor"}

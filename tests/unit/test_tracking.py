@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
+from mlflow.exceptions import INVALID_PARAMETER_VALUE, UNAUTHENTICATED, MlflowException
 from mlflow.utils.validation import _validate_metric_name
 from PIL import Image
 
@@ -359,6 +360,17 @@ def test_a_password_is_neither_kept_nor_shown(
 
 def fails(uri: str, *_: object) -> None:
     raise OSError(f"{uri} is asked, and it does not answer")
+
+
+def test_who_a_server_refuses_is_told_what_to_set():
+    refused = requests.Response()
+    refused.status_code = 401
+    file = requests.exceptions.HTTPError("401 Client Error", response=refused)
+    run = MlflowException("error code 401 != 200", error_code=UNAUTHENTICATED)
+    for error in (file, run):
+        assert "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in store.reason(error)
+    untrusted = requests.exceptions.SSLError("certificate verify failed: self-signed certificate")
+    assert "see MLFLOW_TRACKING_SERVER_CERT_PATH: certificate verify" in store.reason(untrusted)
 
 
 @pytest.mark.slow
