@@ -13,8 +13,8 @@ from tests.distributed.ranks import CHANGES, begun, difference, ranks_of, set_up
 from tests.project import NETWORKS, make_project, metrics, stage
 
 FSDP = {"train.parallel": "fsdp"}
-# Synchronous BN, dropout and drop path by keys, accumulation, two optimizers' worth of groups, and
-# all that looks at the whole gradient or at another copy of the network.
+# Synchronous BN, dropout and drop path by keys, accumulation, a rate for each layer, and all that
+# looks at the whole gradient or at another copy of the network.
 SETTING = {
     "model.head.name": "fcn",
     "model.head.channels": 16,

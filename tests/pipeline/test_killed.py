@@ -127,11 +127,11 @@ def test_a_killed_experiment_goes_on_in_another_workspace(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
     project = make_project(tmp_path, {"train": 10, "val": 3, "test": 3}, **CHANGES)
-    process = start(project, "dvc", "exp", "run", "--temp", "evaluate")
+    process = start(project, "dvc", "exp", "run", "--temp")
     wait_for(project, 20, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    said = dvc(project, "exp", "run", "--temp", "-n", "again", "evaluate")
+    said = dvc(project, "exp", "run", "--temp", "-n", "again")
     assert int(re.search(r"continuing at iteration (\d+)", said)[1]) >= 15
     assert query(project, "SELECT status FROM runs") == [("FINISHED",)]
     assert curves(project) == curves(uninterrupted)

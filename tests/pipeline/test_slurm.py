@@ -38,7 +38,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose data is prepared, and which one process has trained."""
-    changes = NETWORKS["eomt"] | {"train.precision": "fp64", "train.iterations": 60}
+    changes = NETWORKS["eomt"] | {"train.precision": "fp64", "train.iterations": 30}
     counts = {"train": 8, "val": 2, "test": 2}
     project = make_project(tmp_path_factory.mktemp("one"), counts, **changes)
     stage(project, "prepare")
@@ -79,7 +79,7 @@ def test_a_job_of_two_nodes_trains_as_one_process_does(
 ) -> None:
     project, text = trained
     assert "runs on n[1-2]" in text
-    assert "iteration 60 " in text
+    assert "iteration 30 " in text
     one, two = (
         torch.load(path / "outputs/checkpoints/last.pt", weights_only=True)["model"]
         for path in (prepared, project)
