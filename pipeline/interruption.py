@@ -69,13 +69,30 @@ def ignore_signals() -> None:
 
 
 @contextmanager
-def holding_signals() -> Iterator[None]:
-    """Within the block signals wait; a process that it starts never gets them (POSIX)."""
+def unheard_by_children() -> Iterator[None]:
+    """A process that this thread starts within the block never gets a signal (POSIX)."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Within the block signals wait; a process that it starts never gets them."""
+    held: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda got, _: held.append(got)) for number in SIGNALS
+    }
+    try:
+        with unheard_by_children():  # not enough: another thread may hear them
+            yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -21,7 +21,7 @@ from pipeline.disk import FORMAT
 from pipeline.errors import InputError, Interrupted, one_line
 from pipeline.evaluation.inference import Predictor, evaluate, predictions
 from pipeline.evaluation.metrics import HistoryEntry, summarize
-from pipeline.interruption import Interruption, holding_signals, remember_said
+from pipeline.interruption import Interruption, remember_said, unheard_by_children
 from pipeline.monitor import FIRST
 from pipeline.params import flatten
 from pipeline.training.checkpoint import Best, Description, build_checkpoint, weights_md5
@@ -150,7 +150,7 @@ class Training:
     def _train(self, batches: RankBatches) -> None:
         pinned = self.learner.device.type == "cuda"
         loader = build_loader(self.samples, batches, self.options.workers, pinned)
-        with holding_signals():  # what asks all processes to end is not for those that load
+        with unheard_by_children():  # who loads goes on, so that a step may be finished
             arriving = iter(loader)
         for batch in arriving:
             self._watch.fetched()

@@ -16,7 +16,13 @@ import pytest
 from pipeline.data import audit
 from pipeline.disk import file_md5
 from pipeline.errors import Interrupted
-from pipeline.interruption import SIGNALS, finishing, holding_signals, raise_by_signals
+from pipeline.interruption import (
+    SIGNALS,
+    finishing,
+    holding_signals,
+    raise_by_signals,
+    unheard_by_children,
+)
 from tests.faults.stage import ENDED, end_of, said, started, state_of, wait_for
 from tests.pipeline.test_killed import FILES, curves
 from tests.project import REPOSITORY, environment, make_project, query, stage
@@ -185,9 +191,9 @@ def ends_by_signals(pid: int) -> bool:
     return bool(int(caught[1], 16) >> (SIGNALS[-1] - 1) & 1)
 
 
-def test_a_process_that_is_started_while_signals_are_held_gets_none() -> None:
+def test_a_process_that_is_started_so_gets_no_signal() -> None:
     """As those are that load batches: torchrun signals the whole group."""
-    with holding_signals():
+    with unheard_by_children():
         process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     for number in SIGNALS:
         process.send_signal(number)

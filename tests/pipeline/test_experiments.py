@@ -35,7 +35,7 @@ def project(folder: Path) -> Path:
     make_project(folder, {"train": 12, "val": 2, "test": 12}, **changes)
     colour_by_class(folder / "data/feet")
     first = "two-processes"
-    dvc(folder, "exp", "run", "-n", first, *overrides(first), "-S", "train.gpus=2", "evaluate")
+    dvc(folder, "exp", "run", "-n", first, *overrides(first), "-S", "train.gpus=2")
     set_params(folder, {"train.gpus": 1})
     commit(folder, "Trained")
     for name in ("queued", "waiting"):

@@ -18,7 +18,7 @@ def project(folder: Path) -> Path:
     make_project(folder, {"train": 8, "val": 3, "test": 4}, **{"train.iterations": 12})
     dvc(folder, "repro", "evaluate")
     commit(folder, "Trained")
-    dvc(folder, "exp", "run", "--temp", "-n", "faster", "-S", "train.lr=0.03", "evaluate")
+    dvc(folder, "exp", "run", "--temp", "-n", "faster", "-S", "train.lr=0.03")
     return folder
 
 

@@ -55,6 +55,7 @@ def workspace(folder: Path, changes: dict[str, object], images: dict[str, int]) 
         shards={"train-0.bin": ""},
         table=Entries.of(entries).write(prepared),
         splits=images,
+        store=None,
     )
     store.write_index(prepared, index)
 
