@@ -3,6 +3,7 @@
 import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -62,6 +63,16 @@ class DataParams(Section):
         if root.startswith("~"):
             raise InputError(f"write the whole path in place of {root!r}: DVC does not expand ~")
         return root
+
+    @field_validator("store")
+    @classmethod
+    def _holds_no_password(cls, store: str | None) -> str | None:
+        if store is not None and urlsplit(store).password is not None:
+            raise InputError(
+                "holds a password, which git would keep with params.yaml; leave it out here, and "
+                "set it in the environment, as the store's own documentation says"
+            )
+        return store
 
     @field_validator("format", mode="before")
     @classmethod

@@ -138,6 +138,13 @@ def test_a_password_in_the_store_s_address_is_refused_and_not_shown(uri: str, tm
     assert "cret" not in said
 
 
+def test_a_password_in_the_address_of_the_pixels_is_refused_and_not_shown(tmp_path: Path):
+    said = refusal(tmp_path, {"data.store": "sftp://anna:geheim@files.example.org/feet"})
+    assert "data.store: holds a password, which git would keep with params.yaml" in said
+    assert "geheim" not in said
+    assert "data.store" in refusal(tmp_path, {"data.store": "a folder"})
+
+
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
