@@ -119,6 +119,7 @@ def run(params: Params, store: Store, device: torch.device, until: int | None) -
     code = training_code(result_of(params), options)
     state = state_of(params, store, code)
     check_alike(state)
+    order, ahead = order_of(options, store, params.launcher.machines)  # may refuse: before the run
 
     with state.locked() if first else nullcontext():
         if first:
@@ -136,7 +137,6 @@ def run(params: Params, store: Store, device: torch.device, until: int | None) -
         del checkpoint  # which each process has read whole
         proper = first and until is None
         tracker = open_run(params, store, state, progress) if proper else Tracker()
-        order, ahead = order_of(options, store, params.launcher.machines)
         # Lines that are logged appear above the progress bar.
         above = logging_redirect_tqdm([log]) if sys.stderr.isatty() else nullcontext()
         with (

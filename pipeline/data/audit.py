@@ -9,7 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, combinations
@@ -24,13 +24,7 @@ from numpy.typing import NDArray
 from pipeline.data.files import Ids, some
 from pipeline.data.formats import Reader, Record
 from pipeline.data.params import DataParams
-from pipeline.data.shards import (
-    CachedShards,
-    LocalShards,
-    ObjectStore,
-    Shards,
-    cache_of_this_machine,
-)
+from pipeline.data.shards import ObjectStore, Shards, shards_of
 from pipeline.data.splits import SPLITS
 from pipeline.data.store import SUMMARY, Index, Split, spread, write_index
 from pipeline.data.table import Array, Entries, Entry, TableWriter
@@ -130,9 +124,7 @@ class Audit:
     @property
     def shards(self) -> Shards:
         """What has the pixels, once all shards are there."""
-        if self._store is None:
-            return LocalShards(self.folder)
-        return CachedShards(ObjectStore(self._store), self.files, *cache_of_this_machine())
+        return shards_of(self.folder, self._store, self.files)
 
     @cached_property
     def entries(self) -> Entries:
@@ -203,7 +195,8 @@ def prepare(
             error.filename = str(folder)  # it has a name without its folder
             raise
     draft.mkdir(parents=True)
-    with removing(draft):
+    with ExitStack() as ending:
+        ending.callback(shutil.rmtree, draft, ignore_errors=True)
         with Audit(folder, draft, params.store) as audit:
             for shard in _all_packed(pack, jobs, draft, part):
                 audit.add(shard)
@@ -258,15 +251,6 @@ def _all_packed(pack: Pack, jobs: list[Job], draft: Path, part: Part) -> Iterato
 def _wait_for(path: Path) -> None:
     while not path.exists():
         time.sleep(0.1)
-
-
-@contextmanager
-def removing(folder: Path) -> Iterator[None]:
-    """Remove a folder at the end of the block."""
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _packed(pack: Pack, jobs: list[Job]) -> Iterator[Shard]:

@@ -34,7 +34,7 @@ class FullOrder:
     def __getitem__(self, number: int) -> int:
         """See Order."""
         epoch, place = divmod(number, self.count)
-        return int(_large_permutation(self.count, (self.seed, ORDER, epoch))[place])
+        return int(_epoch(self.count, (self.seed, ORDER, epoch))[place])
 
 
 class ClassOrder:
@@ -81,7 +81,7 @@ class BlockOrder:
         window, inside = divmod(place, WINDOW)
         size = min(WINDOW, length - window * WINDOW)
         key = (self.seed, ORDER, epoch, lane, window)
-        return self._image(epoch, start + window * WINDOW + int(_permutation(size, key)[inside]))
+        return self._image(epoch, start + window * WINDOW + int(_window(size, key)[inside]))
 
     def _image(self, epoch: int, place: int) -> int:
         """The image at a place of the epoch's row."""
@@ -107,11 +107,9 @@ def rare_class_shares(pixels: Sequence[int], temperature: float) -> NDArray[np.f
     return shares
 
 
-@lru_cache(maxsize=2)  # of an epoch, and of the next one
-def _large_permutation(count: int, key: tuple[int, ...]) -> Indices:
-    return np.random.default_rng(key).permutation(count)
-
-
-@lru_cache(maxsize=4096)
 def _permutation(count: int, key: tuple[int, ...]) -> Indices:
     return np.random.default_rng(key).permutation(count)
+
+
+_epoch = lru_cache(maxsize=2)(_permutation)  # this one, and the next
+_window = lru_cache(maxsize=4096)(_permutation)  # as many as positions of a batch have at a time

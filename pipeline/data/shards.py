@@ -189,7 +189,9 @@ class CachedShards:
 
     def expect(self, name: str) -> None:
         """See Shards; a thread fetches it."""
-        if name not in self._held and name not in self._expected:
+        if name in self._held or name in self._expected:
+            return
+        if not (self.folder / self.files[name][0]).exists():
             self._expected.add(name)
             self._fetchers.submit(self._fetch_ahead, name)
 
@@ -204,8 +206,7 @@ class CachedShards:
 
     def _fetch_ahead(self, name: str) -> None:
         try:
-            if not (self.folder / self.files[name][0]).exists():
-                self._fetch(name, ahead=True)
+            self._fetch(name, ahead=True)
         except InputError:  # who opens it will say so, if it still is so then
             pass
         finally:
@@ -299,6 +300,19 @@ def _removed(path: Path) -> bool:
             return False
         path.unlink()
     return True
+
+
+def shards_of(folder: Path, store: str | None, files: Mapping[str, tuple[str, int]]) -> Shards:
+    """The shards of a data set in `folder`, or in an object store where `store` is its URL.
+
+    `files` has the md5 and the bytes of each.
+
+    Raises:
+        InputError: the bound of the cache is no number.
+    """
+    if store is None:
+        return LocalShards(folder)
+    return CachedShards(ObjectStore(store), files, *cache_of_this_machine())
 
 
 def cache_of_this_machine() -> tuple[Path, int]:

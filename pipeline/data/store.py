@@ -19,14 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.data.shards import (
-    CACHE_GB,
-    CachedShards,
-    LocalShards,
-    ObjectStore,
-    Shards,
-    cache_of_this_machine,
-)
+from pipeline.data.shards import CACHE_GB, CachedShards, LocalShards, Shards, shards_of
 from pipeline.data.table import RECORDS, TABLE, Array, Entries, Entry
 from pipeline.disk import amount, check_format, file_md5, write_text
 from pipeline.errors import InputError, counted, one_line
@@ -117,13 +110,10 @@ class Store:
         self.folder = folder
         index = _read_index(folder / INDEX)
         entries, sizes = _read_table(folder, index)
-        self._shards: Shards
-        if index.store is None:
-            self._shards = LocalShards(folder)
+        files = {name: (md5, sizes[name]) for name, md5 in index.shards.items()}
+        self._shards = shards_of(folder, index.store, files)
+        if self.is_local:
             _check_sizes(folder, sizes)
-        else:
-            files = {name: (md5, sizes[name]) for name, md5 in index.shards.items()}
-            self._shards = CachedShards(ObjectStore(index.store), files, *cache_of_this_machine())
         self.name = index.name
         self.classes, self.palette = index.classes, index.palette
         self.ignore_index, self.exif = index.ignore_index, index.exif

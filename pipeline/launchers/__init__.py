@@ -56,7 +56,7 @@ class Torchrun(LauncherParams):
         return Meeting(self.nodes, host, int(port))
 
 
-class Slurm(LauncherParams, JobOfNodes):
+class Slurm(JobOfNodes, LauncherParams):
     """The training is a job of Slurm's, and so are `prepare` and `evaluate` where they are given.
 
     The keys of a job are those of the training.
@@ -64,11 +64,6 @@ class Slurm(LauncherParams, JobOfNodes):
 
     prepare: JobOfNodes | None = None
     evaluate: Job | None = None
-
-    @property
-    def machines(self) -> int:
-        """See LauncherParams."""
-        return self.nodes
 
     def meeting(self) -> Meeting:
         """See LauncherParams; only a job knows it."""
