@@ -4,7 +4,8 @@ The sample number counts on for ever: number = iteration * batch_size + position
 batch. Neither ranks nor workers nor a restart change how an image is drawn.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 
 import cv2
 import numpy as np
@@ -18,11 +19,15 @@ from pipeline.data.table import Array
 from pipeline.data.transforms import AugmentationParams, augment
 from pipeline.errors import InputError
 
+Batch = tuple[Tensor, Tensor, Tensor]  # images, targets, keys: see build_loader
+
 # Independent streams of the seed, beside that of the order.
 AUGMENTATION, MODEL = 1, 2
 
+NOTICED = 5.0  # seconds until the end of another process has surely been noticed
 
-class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
+
+class Samples(Dataset[Batch]):
     """Sample number -> image (h,w,3) uint8, target (h,w) uint8 and key () int64.
 
     `order` says which image a number is, by default FullOrder. The shard of a sample is asked for
@@ -47,7 +52,7 @@ class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
         self.order = FullOrder(len(split), seed) if order is None else order
         self.ahead = ahead
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, number: int) -> Batch:
         if self.ahead:
             self.split.expect(self.order[number + self.ahead])
         rng = np.random.default_rng((self.seed, AUGMENTATION, number))
@@ -111,7 +116,7 @@ class RankBatches(Sampler[list[int]]):
 
 def build_loader(
     samples: Samples, batches: RankBatches, workers: int, pin_memory: bool
-) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
+) -> DataLoader[Batch]:
     """Batches of images (n,h,w,3) uint8, targets (n,h,w) uint8 and keys (n,) int64."""
     return DataLoader(
         samples,
@@ -121,6 +126,23 @@ def build_loader(
         worker_init_fn=_begin_worker,
         multiprocessing_context="spawn" if workers else None,  # a fork copies running threads
     )
+
+
+def arriving(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a loader's iterator.
+
+    Raises:
+        InputError: it was raised where a batch was loaded, in this process or in another.
+        RuntimeError: a process that loads batches has ended.
+    """
+    try:
+        yield from batches
+    except InputError as error:  # torch puts the other process's traceback before the text
+        raise InputError(str(error).rpartition(f"{InputError.__name__}: ")[2].strip()) from None
+    except (EOFError, ConnectionError) as error:
+        if not str(error).startswith("Caught "):  # in the other process
+            time.sleep(NOTICED)  # where it has ended, torch's handler of SIGCHLD raises its error
+        raise
 
 
 def _begin_worker(worker: int) -> None:

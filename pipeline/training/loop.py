@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline import distributed
-from pipeline.data.loader import RankBatches, Samples, build_loader
+from pipeline.data.loader import Batch, RankBatches, Samples, arriving, build_loader
 from pipeline.data.store import Split, spread
 from pipeline.data.table import Array
 from pipeline.disk import FORMAT
@@ -36,7 +36,6 @@ log = logging.getLogger("instep")
 HASHED = {10**power for power in range(9)}  # iterations after which the weights' md5 is kept
 SHOWN = 3  # images at each validation
 Show = Callable[[int, str, list[Array]], None]  # iteration, name, and image, target, prediction
-Batch = tuple[Tensor, Tensor, Tensor]  # images, targets, keys: see train_step
 
 
 class Intervals(NamedTuple):
@@ -136,7 +135,7 @@ class Training:
         try:
             self._train(batches)
         except RuntimeError as error:  # torch raises it from a handler of signals: anywhere
-            if "DataLoader worker" not in str(error):
+            if not str(error).startswith("DataLoader worker (pid"):
                 raise
             raise InputError(
                 f"a process that loads batches has ended ({one_line(error)}): where the system has "
@@ -151,8 +150,8 @@ class Training:
         pinned = self.learner.device.type == "cuda"
         loader = build_loader(self.samples, batches, self.options.workers, pinned)
         with unheard_by_children():  # who loads goes on, so that a step may be finished
-            arriving = iter(loader)
-        for batch in arriving:
+            loaded = arriving(iter(loader))
+        for batch in loaded:
             self._watch.fetched()
             self._iterate(batch)
             if self._conclude():

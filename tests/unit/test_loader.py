@@ -1,6 +1,9 @@
 """Which samples make up which batch, on any number of ranks and workers, after any restart."""
 
 import re
+import signal
+import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from multiprocessing import get_context
@@ -9,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.loader import RankBatches, Samples, build_loader
+from pipeline.data.loader import NOTICED, Batch, RankBatches, Samples, arriving, build_loader
 from pipeline.data.store import Split
 from pipeline.data.table import Entry
+from pipeline.errors import InputError
 from tests.unit.sections import params
 
 AUGMENTATION = {
@@ -124,3 +128,49 @@ def test_workers_change_no_bit_of_a_batch(split: Split):
         assert [part.shape for part in own] == [(4, 16, 16, 3), (4, 16, 16), (4,)]
         assert [part.dtype for part in own] == [np.uint8, np.uint8, np.int64]
         assert all(np.array_equal(a, b) for a, b in zip(own, theirs, strict=True))
+
+
+class Refusing(Samples):
+    """Samples of which none can be read."""
+
+    def __getitem__(self, number: int) -> Batch:
+        raise InputError(f"number {number}:\nno such shard; run prepare")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_loading_process_refuses_is_said_alone(split: Split, workers: int):
+    refusing = Refusing(split, params({}).augmentation, (9, 9, 9), 255, seed=0)
+    loader = build_loader(refusing, RankBatches((2, 1), (3, 4), 0, 1), workers, False)
+    with pytest.raises(InputError, match=r"^number 6:\nno such shard; run prepare$"):
+        next(arriving(iter(loader)))
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError("reset"), BrokenPipeError()])
+def test_torch_says_that_a_loading_process_has_ended_though_its_connection_says_it_first(
+    error: Exception,
+):
+    def notice(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    before = signal.signal(signal.SIGALRM, notice)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(RuntimeError, match=r"^DataLoader worker \(pid 7\) is killed"):
+            next(arriving(failing(error)))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_fault_within_a_loading_process_is_not_taken_for_its_end():
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match="Caught"):
+        next(arriving(failing(ConnectionError("Caught ConnectionError in DataLoader worker 0"))))
+    assert time.monotonic() - began < NOTICED
+
+
+def failing(error: Exception) -> Iterator[Batch]:
+    """A loader's iterator that fails."""
+    raise error
+    yield
