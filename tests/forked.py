@@ -1,7 +1,7 @@
-"""Stages in processes of their own, forked off one that has imported torch: that takes seconds.
+"""Stages and DVC in processes of their own, forked off one that has imported what takes seconds.
 
-They run the repository's code, in the project's folder. What a test changes of a project's code is
-run by DVC alone, which starts Python anew.
+Stages run the repository's code, in the project's folder. What a test changes of a project's code
+is run by DVC alone, which starts Python anew for each stage.
 """
 
 import os
@@ -14,9 +14,18 @@ from pathlib import Path
 
 from pipeline.interruption import end_by_signals
 
+DVC = "dvc.__main__"
 FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(
-    [__name__, "stages.train", "stages.evaluate", "mlflow.store.tracking.sqlalchemy_store"]
+    [
+        __name__,
+        "stages.train",
+        "stages.evaluate",
+        "mlflow.store.tracking.sqlalchemy_store",
+        "dvc.cli.parser",
+        "dvc.repo",
+        "dvc.repo.experiments",
+    ]
 )
 
 
@@ -64,7 +73,8 @@ def _run(command: list[str], cwd: Path, env: dict[str, str], said: Path) -> None
     with said.open("ab") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
-    end_by_signals()  # what `python -m stages.NAME` does before it imports torch
+    if command[0] != DVC:
+        end_by_signals()  # what `python -m stages.NAME` does before it imports torch
     sys.argv = command
     sys.modules.pop(command[0], None)  # it is run as the main module, as if for the first time
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)

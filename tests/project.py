@@ -7,21 +7,25 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 
 import cv2
 import numpy as np
 from ruamel.yaml import YAML
 
-from tests.forked import Forked
+from tests.forked import DVC, Forked
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STARTED_BY_OTHERS = ("DVC_", "MLFLOW_", "TORCHELASTIC_", "GIT_", "SLURM", "SBATCH_")
 
+STAGES = ("prepare", "train", "evaluate", "report", "gate")
 ABSENT = object()  # a key that is not to stand in params.yaml
 
-# A training of seconds, on photographs of mixed sizes.
+# A training of seconds, on photographs of mixed sizes. The network is the quickest there is: of
+# a crop of 32 its map is one pixel, so it learns what colour is frequent, and no more.
 SMALL = {
     "data.name": "feet",
     "data.format.name": "pairs",
@@ -32,8 +36,8 @@ SMALL = {
     "augmentation.ratio_range": [0.5, 2.0],
     "augmentation.photometric": True,
     "model.head.name": "pspnet",
-    "model.backbone.name": "resnet18",
-    "model.backbone.output_stride": 8,
+    "model.backbone.name": "mit_b0",
+    "model.backbone.output_stride": 32,
     "model.backbone.pretrained": None,
     "model.head.channels": 16,
     "model.head.dropout": 0.1,
@@ -51,22 +55,19 @@ SMALL = {
     "tracking.log_interval": 1,
 }
 
-# What other networks change of SMALL, which has the first. Of a crop of 32 the coarsest map
-# is one pixel: attention learns nothing, and batch normalisation of so few values is chaotic.
+# What networks change of SMALL. Those whose maps are coarse get more pixels: of a map of one pixel
+# attention learns nothing, and batch normalisation of so few values is chaotic.
 NETWORKS: dict[str, dict[str, object]] = {
-    "pspnet": {},
+    "pspnet": {"model.backbone.name": "resnet18", "model.backbone.output_stride": 8},
     "pointrend": {
         "model.head.name": "pointrend",
         "model.head.train_points": 64,
         "model.backbone.name": "resnet18c",
-        "model.backbone.output_stride": 32,
         "augmentation.crop_size": [64, 64],
     },
     "segformer": {
         "model.head.name": "segformer",
         "model.head.aux_weight": 0.4,
-        "model.backbone.name": "mit_b0",
-        "model.backbone.output_stride": 32,
         "model.backbone.drop_path": 0.2,
         "augmentation.crop_size": [64, 64],
     },
@@ -75,7 +76,6 @@ NETWORKS: dict[str, dict[str, object]] = {
         "model.head.name": "unet",
         "model.head.channels": [128, 64, 48, 32, 16],
         "model.backbone.name": "efficientnet_lite0",
-        "model.backbone.output_stride": 32,
         "model.backbone.pretrained": "imagenet",
         "train.iterations": 5,
     },
@@ -87,7 +87,6 @@ NETWORKS: dict[str, dict[str, object]] = {
         "model.head.num_blocks": 2,
         "model.head.train_points": 64,
         "model.backbone.name": "vit_tiny_patch16_dinov3",
-        "model.backbone.output_stride": 32,
         "model.backbone.drop_path": 0.1,
         "model.loss": None,
         "augmentation.crop_size": [64, 64],
@@ -99,15 +98,18 @@ NETWORKS: dict[str, dict[str, object]] = {
         "model.head.name": "smp.FPN",
         "model.head.channels": ABSENT,
         "model.head.dropout": ABSENT,
+        "model.backbone.name": "resnet18",
         "augmentation.crop_size": [64, 64],
-        "model.backbone.output_stride": 32,
         "train.iterations": 5,
     },
 }
 
 
 def make_project(folder: Path, counts: dict[str, int], **changes: object) -> Path:
-    """A git repository with this code, `counts` images a split below data/feet, and params."""
+    """A git repository with this code, `counts` images a split below data/feet, and params.
+
+    It has an MLflow store that is empty.
+    """
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in run(listed, REPOSITORY).stdout.splitlines():
         source = REPOSITORY / name
@@ -115,10 +117,30 @@ def make_project(folder: Path, counts: dict[str, int], **changes: object) -> Pat
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, folder / name)
     (folder / "dvc.lock").unlink(missing_ok=True)
+    (folder / "mlflow.db").write_bytes(empty_store())
     draw_feet(folder / "data/feet", counts)
     set_params(folder, SMALL | changes)
     run(["git", "init", "-q", "-b", "main"], folder)
     commit(folder, "A small project")
+    return folder
+
+
+@cache
+def empty_store() -> bytes:
+    """An MLflow store without a run: to create its tables takes MLflow seconds."""
+    from mlflow import MlflowClient
+
+    with TemporaryDirectory() as folder:
+        MlflowClient(f"sqlite:///{folder}/mlflow.db")
+        return Path(folder, "mlflow.db").read_bytes()
+
+
+def untrained(project: Path, folder: Path, **changes: object) -> Path:
+    """A copy of a project that is prepared, without what it has trained."""
+    trained = shutil.ignore_patterns("outputs", "tmp", "mlartifacts")
+    shutil.copytree(project, folder, ignore=trained)
+    (folder / "mlflow.db").write_bytes(empty_store())
+    set_params(folder, changes)
     return folder
 
 
@@ -193,8 +215,8 @@ def run(
 
 
 def dvc(project: Path, *arguments: str, check: bool = True, **extra: str) -> str:
-    """What `dvc ...` prints."""
-    return run(["dvc", *arguments], project, check, **extra).stdout
+    """What `dvc ...` prints, which is to end well, unless `check` is False."""
+    return _said(DVC, project, arguments, check, extra)
 
 
 def wait_for_queue(project: Path, count: int) -> None:
@@ -207,20 +229,40 @@ def wait_for_queue(project: Path, count: int) -> None:
         time.sleep(2)
 
 
-def ended(project: Path, name: str, *arguments: str, **extra: str) -> tuple[int, str]:
-    """The exit code of `python -m stages.NAME ...`, and what it prints."""
-    with NamedTemporaryFile() as file:
-        own = {"env": environment(**extra), "said": Path(file.name)}
-        code = Forked(f"stages.{name}", *arguments, cwd=project, **own).wait()
-        return code, Path(file.name).read_text()
-
-
 def stage(project: Path, name: str, *arguments: str, check: bool = True, **extra: str) -> str:
     """What `python -m stages.NAME ...` prints, which is to end well, unless `check` is False."""
-    code, said = ended(project, name, *arguments, **extra)
+    return _said(f"stages.{name}", project, arguments, check, extra)
+
+
+def ended(project: Path, name: str, *arguments: str, **extra: str) -> tuple[int, str]:
+    """The exit code of `python -m stages.NAME ...`, and what it prints."""
+    return _ended(f"stages.{name}", project, arguments, extra)
+
+
+def reproduced(project: Path, last: str = "gate") -> None:
+    """Leave what `dvc repro LAST` leaves: in a third of the time, as DVC starts no stage itself."""
+    names = STAGES[: STAGES.index(last) + 1]
+    for name in names:
+        stage(project, name)
+    dvc(project, "commit", "--force", *names)
+
+
+def _said(
+    module: str, project: Path, arguments: Sequence[str], check: bool, extra: Mapping[str, str]
+) -> str:
+    code, said = _ended(module, project, arguments, extra)
     if check and code:
-        raise AssertionError(f"stages.{name} {arguments} ended with {code}:\n{said}")
+        raise AssertionError(f"{module} {arguments} ended with {code}:\n{said}")
     return said
+
+
+def _ended(
+    module: str, project: Path, arguments: Sequence[str], extra: Mapping[str, str]
+) -> tuple[int, str]:
+    with NamedTemporaryFile() as file:
+        own = {"env": environment(**extra), "said": Path(file.name)}
+        code = Forked(module, *arguments, cwd=project, **own).wait()
+        return code, Path(file.name).read_text()
 
 
 def commit(project: Path, message: str) -> None:

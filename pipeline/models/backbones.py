@@ -13,6 +13,7 @@ from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedRes
 from timm.models.pvt_v2 import Block, PyramidVisionTransformerV2
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -178,12 +179,24 @@ class MixTransformer(PyramidVisionTransformerV2):
                 layer.eps = 1e-6
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(N,3,H,W) -> features of stride 4, 8, 16 and 32."""
+        """(N,3,H,W) -> features of stride 4, 8, 16 and 32.
+
+        What is narrower than a stride of 32 is made as wide with zeros, of which the features are
+        cut off again: attention shortens its keys by windows of as many pixels. An exported network
+        takes no such image.
+        """
+        sides = x.shape[2:]
+        narrow = not torch.compiler.is_exporting() and min(sides) < 32
+        if narrow:
+            x = functional.pad(x, [0, max(32 - sides[1], 0), 0, max(32 - sides[0], 0)])
         x = self.patch_embed(x)
         features = []
         for stage in self.stages:
             x = stage(x)
             features.append(x)
+        if narrow:
+            sizes = [[-(-side // stride) for side in sides] for stride in (4, 8, 16, 32)]
+            features = [x[..., :h, :w] for x, (h, w) in zip(features, sizes, strict=True)]
         return features
 
 

@@ -11,7 +11,7 @@ from tests.server import free_port
 
 CHANGES = {
     "train.precision": "fp64",
-    "train.iterations": 10,
+    "train.iterations": 6,
     "train.batch_size": 8,
     "train.accumulation": 2,
     "train.validate": False,
@@ -28,7 +28,9 @@ def set_up(project: Path, **changes: object) -> None:
         shutil.rmtree(project / left, ignore_errors=True)
 
 
-def begun(project: Path, processes: int, module: str, *arguments: str) -> list[Forked]:
+def begun(
+    project: Path, processes: int, module: str, *arguments: str, **extra: str
+) -> list[Forked]:
     """Ranks, started by nothing that sets more than their environment."""
     meeting = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     meeting["MASTER_PORT"] = str(free_port())
@@ -37,16 +39,19 @@ def begun(project: Path, processes: int, module: str, *arguments: str) -> list[F
             module,
             *arguments,
             cwd=project,
-            env=environment(**meeting, RANK=rank, LOCAL_RANK=rank),
+            env=environment(**meeting, **extra, RANK=rank, LOCAL_RANK=rank),
             said=project / f"rank{rank}.txt",
         )
         for rank in map(str, range(processes))
     ]
 
 
-def ranks_of(project: Path, processes: int, module: str, *arguments: str) -> list[int]:
+def ranks_of(
+    project: Path, processes: int, module: str, *arguments: str, **extra: str
+) -> list[int]:
     """The exit codes of such ranks."""
-    return [rank.wait(timeout=300) for rank in begun(project, processes, module, *arguments)]
+    ranks = begun(project, processes, module, *arguments, **extra)
+    return [rank.wait(timeout=300) for rank in ranks]
 
 
 def train(

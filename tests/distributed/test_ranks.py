@@ -36,7 +36,7 @@ def test_processes_give_the_weights_of_one(project: Path, network: str, gpus: in
 
 
 def test_two_processes_share_every_term_the_clipping_and_the_average(project: Path) -> None:
-    changes = {
+    changes = NETWORKS["pspnet"] | {
         "train.iterations": 5,
         "model.loss": {
             "cross_entropy": 1.0,
@@ -61,7 +61,7 @@ def test_two_processes_share_every_term_the_clipping_and_the_average(project: Pa
 
 def test_the_stage_itself_starts_them_with_torchrun(project: Path) -> None:
     one = one_process(project)
-    set_up(project, **{"train.gpus": 2})
+    set_up(project, **NETWORKS["pspnet"], **{"train.gpus": 2})
     stage(project, "train")
     assert difference(one, project / "outputs/checkpoints/last.pt") < 1e-9
 
@@ -75,18 +75,20 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(project: Path) -> No
 
 @pytest.mark.parametrize("missing", ["local_batch_norm", "unkeyed_dropout"])
 def test_without_its_guarantees_two_processes_differ(project: Path, missing: str) -> None:
-    one = one_process(project)
-    assert difference(one, train(project, 2, "tests.distributed.worker", missing)) > 1e-4
+    worker = "tests.distributed.worker", missing
+    two = train(project, 2, *worker, **NETWORKS["pspnet"])
+    assert difference(one_process(project), two) > 1e-4
 
 
 def test_loader_workers_change_no_bit(project: Path) -> None:
     one = one_process(project)
-    with_workers = train(project, 1, **{"train.workers": 2})
+    with_workers = train(project, 1, **NETWORKS["pspnet"], **{"train.workers": 2})
     assert file_md5(with_workers) == file_md5(one)
 
 
 def test_a_changed_seed_changes_the_weights(project: Path) -> None:
-    assert difference(one_process(project), train(project, 1, **{"train.seed": 1})) > 1e-4
+    other = train(project, 1, **NETWORKS["pspnet"], **{"train.seed": 1})
+    assert difference(one_process(project), other) > 1e-4
 
 
 @pytest.mark.parametrize("model", ["pspnet", "pointrend", "segformer"])

@@ -12,6 +12,7 @@ from pipeline.disk import file_md5
 from pipeline.training.loop import is_finite, out_of_memory, stopped_early, train_step
 from pipeline.training.params import TrainParams
 from pipeline.training.state import write_curves
+from tests.distributed.ranks import ranks_of
 from tests.faults.stage import end_of, said, started, state_of
 from tests.faults.worker import poison
 from tests.project import make_project, query, set_params, stage
@@ -51,16 +52,15 @@ def test_a_learning_rate_that_is_far_too_high_leaves_only_finite_weights(project
 def test_a_step_may_be_left_out_as_if_it_had_not_been(project: Path) -> None:
     set_params(project, {"train.gpus": 2})
     faulty = {"FAULT_AT": "7", "FAULT_RANK": "1"}  # one rank's alone
-    with started(project, *POISON, **faulty) as process:
-        assert end_of(process) == 1
-    assert "error: iteration 7: the loss" in said(project)
+    assert ranks_of(project, 2, *POISON, **faulty) == [1, 1]
+    assert "error: iteration 7: the loss" in (project / "rank0.txt").read_text()
     assert state_of(project)["checkpoint"]["iteration"] == 6
 
     set_params(project, {"train.leave_out_nonfinite": 1})  # another training, from the start
-    with started(project, *POISON, **faulty) as process:
-        assert end_of(process) == 0, said(project)
-    assert "iteration 7: the loss or its gradient is not finite" in said(project)
-    assert "; the step is left out" in said(project)
+    assert ranks_of(project, 2, *POISON, **faulty) == [0, 0]
+    told = (project / "rank0.txt").read_text()
+    assert "iteration 7: the loss or its gradient is not finite" in told
+    assert "; the step is left out" in told
     state = state_of(project)
     assert (state["left_out"], state["checkpoint"]["iteration"]) == (1, 12)
     assert all(weight.isfinite().all() for weight in state["checkpoint"]["model"].values())
@@ -151,10 +151,10 @@ def test_a_training_ends_early_after_so_many_validations_without_a_gain(
 def test_a_training_that_ended_early_leaves_all_outputs_and_stays_ended(project: Path) -> None:
     early = {"patience": 1, "min_gain": 1.0}
     set_params(project, {"train.early_stop": early, "train.gpus": 2})
-    log = stage(project, "train")
-    assert "train.early_stop" in log
+    assert ranks_of(project, 2, "stages.train") == [0, 0]
+    assert "train.early_stop" in (project / "rank0.txt").read_text()
     assert state_of(project)["checkpoint"]["iteration"] == 8
     last = file_md5(project / "outputs/checkpoints/last.pt")
-    again = stage(project, "train")  # as after a kill before DVC has the outputs
-    assert "iteration 9 " not in again
+    assert ranks_of(project, 2, "stages.train") == [0, 0]  # as after a kill before DVC has them
+    assert "iteration 9 " not in (project / "rank0.txt").read_text()
     assert file_md5(project / "outputs/checkpoints/last.pt") == last

@@ -23,6 +23,7 @@ from pipeline.interruption import (
     raise_by_signals,
     unheard_by_children,
 )
+from tests.distributed.ranks import ranks_of
 from tests.faults.stage import ENDED, end_of, said, started, state_of, wait_for
 from tests.pipeline.test_killed import FILES, curves
 from tests.project import REPOSITORY, environment, make_project, query, stage
@@ -84,7 +85,7 @@ def test_the_state_is_that_of_the_very_step_and_the_result_the_same(
 def test_two_ranks_end_after_the_same_step_whichever_is_told(tmp_path: Path) -> None:
     shorter = {"train.gpus": 2, "train.iterations": 24}
     whole = a_project(tmp_path / "whole", **shorter)
-    stage(whole, "train")
+    assert ranks_of(whole, 2, "stages.train") == [0, 0]
     project = a_project(tmp_path / "ended", **shorter)
     assert signalled(project, signal.SIGINT, 4)[0] == 75  # torchrun hands it on
     with started(project) as process:
@@ -93,7 +94,7 @@ def test_two_ranks_end_after_the_same_step_whichever_is_told(tmp_path: Path) -> 
         os.kill(int(ranks[-1]), signal.SIGTERM)
         assert end_of(process, 60) == 75
     assert ENDED.search(said(project))
-    stage(project, "train")
+    assert ranks_of(project, 2, "stages.train") == [0, 0]
     for name in FILES:
         assert file_md5(project / "outputs" / name) == file_md5(whole / "outputs" / name), name
 

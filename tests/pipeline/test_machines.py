@@ -1,7 +1,6 @@
 """A training on two machines, which are two network namespaces with a slow link between them."""
 
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import torch
 from pipeline.disk import file_md5
 from tests.faults.stage import said
 from tests.machines import Link, Machine, two_machines
-from tests.project import NETWORKS, environment, make_project, set_params, stage
+from tests.project import NETWORKS, environment, make_project, set_params, stage, untrained
 
 DELAY = 0.025  # seconds in each direction
 # Equal on both machines; the first of them also equal in every run.
@@ -46,11 +45,9 @@ def clones(prepared: Path, link: Link, folder: Path) -> tuple[Path, Path]:
     """A clone of the project on each machine, which has nothing of its training."""
     made = folder / "a", folder / "b"
     for project in made:
-        without = shutil.ignore_patterns("outputs", "tmp", "mlflow.db", "mlartifacts")
-        shutil.copytree(prepared, project, ignore=without)
         endpoint = f"{link.machines[0].address}:29500"
         where = {"launcher.name": "torchrun", "launcher.nodes": 2, "launcher.endpoint": endpoint}
-        set_params(project, where)
+        untrained(prepared, project, **where)
     return made
 
 

@@ -1,7 +1,6 @@
 """A data set whose pixels lie in an object store that is far away and fails now and then."""
 
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ import boto3
 import pytest
 import torch
 
-from tests.project import REPOSITORY, ended, make_project, metrics, set_params, stage
+from tests.project import REPOSITORY, ended, make_project, metrics, stage, untrained
 from tests.server import LocalServer
 
 FAR = ("--delay", "0.2", "--failing", "4")
@@ -48,9 +47,7 @@ def weights(project: Path) -> dict[str, torch.Tensor]:
 def test_a_training_is_the_same_wherever_the_pixels_are(
     here: Path, folder: Path, keys: dict[str, str]
 ) -> None:
-    there = folder / "there"
-    shutil.copytree(here, there, ignore=shutil.ignore_patterns("outputs", "tmp", "mlflow.db"))
-    set_params(there, {"data.store": "s3://images/feet"})
+    there = untrained(here, folder / "there", **{"data.store": "s3://images/feet"})
     for name in ("prepare", "train", "evaluate"):
         stage(there, name, **keys)
     assert metrics(there) == metrics(here)

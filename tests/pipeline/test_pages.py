@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser import Browser
-from tests.project import commit, dvc, make_project, metrics, run, stage
+from tests.project import commit, dvc, make_project, metrics, reproduced, run, stage
 
 LIVE = "<script>document.title = 'run'</script>"
 CLOSING = "</script><img onerror=run() src=x>"
@@ -29,7 +29,7 @@ def project(folder: Path) -> Path:
     """Two experiments, with classes whose names are HTML, and all pages of them."""
     classes = ["background", LIVE, CLOSING]
     make_project(folder, {"train": 8, "val": 2, "test": 7}, **{"data.classes": classes})
-    dvc(folder, "repro")
+    reproduced(folder)
     commit(folder, "Trained")
     dvc(folder, "exp", "run", "--name", "mirrored", "-S", "evaluation.flip=true")
     installed = ["make", "--silent", "--old-file=.venv/.installed"]  # by whoever runs the tests

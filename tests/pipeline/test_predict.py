@@ -14,7 +14,7 @@ from pipeline import load_model
 from pipeline.disk import file_md5
 from pipeline.evaluation.report import read_mask
 from tests.faults.stage import started
-from tests.project import dvc, make_project, query, run, stage
+from tests.project import make_project, query, reproduced, run, stage
 
 WEIGHTS = "outputs/checkpoints/model.safetensors"
 
@@ -23,7 +23,7 @@ WEIGHTS = "outputs/checkpoints/model.safetensors"
 def project(folder: Path) -> Path:
     """A finished training."""
     make_project(folder, {"train": 8, "val": 3, "test": 4}, **{"model.head.name": "fcn"})
-    dvc(folder, "repro", "evaluate")
+    reproduced(folder, "evaluate")
     return folder
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 import cv2
 import torch
 
-from tests.project import REPOSITORY, draw_feet, dvc, make_project, metrics, set_params, stage
+from tests.project import (
+    REPOSITORY,
+    draw_feet,
+    make_project,
+    metrics,
+    reproduced,
+    set_params,
+    stage,
+)
 
 
 def test_the_feets_recipe_trains_on_a_folder_of_photographs(tmp_path: Path) -> None:
@@ -23,7 +31,7 @@ def test_the_feets_recipe_trains_on_a_folder_of_photographs(tmp_path: Path) -> N
     sizes = {"augmentation.crop_size": [64, 64], "train.iterations": 3, "train.batch_size": 2}
     sizes |= {"model.backbone.name": "resnet18c"}
     set_params(project, {"data.root": "data/photographs"} | sizes)
-    dvc(project, "repro")
+    reproduced(project, "evaluate")
     checkpoint = torch.load(project / "outputs/checkpoints/best.pt", weights_only=True)
     assert checkpoint["classes"] == ["background", "foot", "arch"]
     assert checkpoint["params"]["model"]["head"]["name"] == "pointrend"

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.project import dvc, make_project, metrics, run, stage
+from tests.project import STAGES, dvc, make_project, metrics, reproduced, run, stage
 from tests.server import Bucket
-
-STAGES = ("prepare", "train", "evaluate", "report", "gate")
 
 
 @dataclass
@@ -40,9 +38,7 @@ def shared(folder: Path) -> Iterator[Shared]:
         dvc(trained, "remote", "modify", "team", "endpointurl", bucket.address)
         run(["git", "commit", "-qam", "Where files are shared"], trained)
         run(["git", "branch", "before"], trained)
-        for name in STAGES:  # each in a fork: `dvc repro` would start Python anew
-            stage(trained, name)
-        dvc(trained, "commit", "--force", *STAGES)
+        reproduced(trained)
         dvc(trained, "exp", "save", "--name", "first", *STAGES)
         run(["git", "init", "-q", "--bare", str(repository)], folder)
         run(["git", "remote", "add", "origin", str(repository)], trained)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.disk import file_md5
-from tests.project import commit, dvc, make_project, metrics, query, run, stage
+from tests.project import commit, dvc, make_project, metrics, query, reproduced, run, stage
 
 LOSS = "pipeline/models/losses.py"
 
@@ -16,7 +16,7 @@ LOSS = "pipeline/models/losses.py"
 def project(folder: Path) -> Path:
     """Two experiments, of which the first is the workspace's own."""
     make_project(folder, {"train": 8, "val": 3, "test": 4}, **{"train.iterations": 12})
-    dvc(folder, "repro")
+    reproduced(folder)
     commit(folder, "Trained")
     dvc(folder, "exp", "run", "--temp", "-n", "faster", "-S", "train.lr=0.03")
     return folder

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline import load_model
 from pipeline.prediction.export import METADATA, open_session
 from tests.browser import Browser
-from tests.project import dvc, make_project, query, set_params
+from tests.project import NETWORKS, dvc, make_project, query, reproduced, set_params
 from tests.server import LocalServer
 
 WEIGHTS = "outputs/checkpoints/model.safetensors"
@@ -26,8 +26,9 @@ WEIGHTS = "outputs/checkpoints/model.safetensors"
 def project(folder: Path) -> Path:
     """A finished training, and the stage's first run."""
     changes = {"model.head.name": "fcn", "tracking.registered_model": "feet"}
-    make_project(folder, {"train": 8, "val": 3, "test": 4}, **changes)
-    dvc(folder, "repro", "evaluate")
+    counts = {"train": 8, "val": 3, "test": 4}
+    make_project(folder, counts, **NETWORKS["pspnet"] | changes)
+    reproduced(folder, "evaluate")
     assert not (folder / "outputs/export/metrics.json").exists()
     said = dvc(folder, "repro", "export/dvc.yaml")
     assert "Stage 'train' didn't change" in said

@@ -1,7 +1,6 @@
 """A training as a job of a real Slurm cluster of two nodes."""
 
 import re
-import shutil
 import signal
 from collections.abc import Iterator
 from itertools import pairwise
@@ -22,6 +21,7 @@ from tests.project import (
     query,
     set_params,
     stage,
+    untrained,
     wait_for_queue,
 )
 from tests.slurm import Cluster
@@ -48,10 +48,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def clone(prepared: Path, folder: Path, **changes: object) -> Path:
     """The project without what it has trained, whose trainings are jobs."""
-    without = shutil.ignore_patterns("outputs", "tmp", "mlflow.db", "mlartifacts")
-    shutil.copytree(prepared, folder, ignore=without)
-    set_params(folder, {"launcher.name": "slurm"} | changes)
-    return folder
+    return untrained(prepared, folder, **{"launcher.name": "slurm"} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +89,8 @@ def test_four_experiments_are_jobs_two_at_a_time(
     prepared: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
     """By DVC's queue."""
-    project = clone(prepared, tmp_path / "clone", **{"train.iterations": 12})
+    quick = {"train.iterations": 2, "train.validate": False}
+    project = clone(prepared, tmp_path / "clone", **quick)
     commit(project, "Jobs")
     for seed in range(4):
         dvc(project, "exp", "run", "--queue", "-S", f"train.seed={seed}", "train")

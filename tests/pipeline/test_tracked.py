@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.project import dvc, environment, make_project, metrics, query
+from tests.project import environment, make_project, metrics, query, reproduced
 
 COUNTS = {"train": 10, "val": 3, "test": 3}
 
@@ -66,7 +66,7 @@ def project(folder: Path) -> Path:
     """A finished training, measured on the split that it was validated on, in another way."""
     changes = {"evaluation.split": "val", "evaluation.flip": True, "evaluation.scales": [1.0, 1.5]}
     make_project(folder, COUNTS, **changes)
-    dvc(folder, "repro", "evaluate")
+    reproduced(folder, "evaluate")
     return folder
 
 

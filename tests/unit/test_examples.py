@@ -151,6 +151,6 @@ def test_all_examples_together_train(tmp_path: Path):
         assert float(point["loss/brier"]) > 0
         assert sum(terms) == pytest.approx(float(point["loss"]))
     checkpoint = torch.load(project / "outputs/checkpoints/best.pt", weights_only=True)
-    assert checkpoint["model"]["decode_head.conv.conv.weight"].shape == (16, 512, 3, 3)
+    assert checkpoint["model"]["decode_head.conv.conv.weight"].shape == (16, 256, 3, 3)
     assert checkpoint["params"]["augmentation"]["grayscale"] == 0.2
     run([sys.executable, "-c", CHECKS], project)

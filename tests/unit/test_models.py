@@ -389,6 +389,20 @@ def test_the_packaged_weights_are_loaded_under_the_right_names():
     assert 0.01 < features[-1].detach().std() < 10
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 90), (40, 17)])
+def test_a_mix_transformer_takes_images_that_are_narrower_than_its_windows(size: tuple[int, int]):
+    section = options(**{"head.name": "segformer", "backbone.name": "mit_b0"})
+    model = build(section, 3).eval()
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    wider = F.pad(image, [0, max(32 - size[1], 0), 0, max(32 - size[0], 0)])
+    with torch.no_grad():
+        features, of_wider = model.backbone(image), model.backbone(wider)
+        assert model(image)[0].logits.shape[-2:] == (-(-size[0] // 4), -(-size[1] // 4))
+    for feature, other, stride in zip(features, of_wider, (4, 8, 16, 32), strict=True):
+        height, width = (-(-side // stride) for side in size)
+        assert torch.equal(feature, other[..., :height, :width])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "resnet50c", "efficientnet_lite0", "mit_b0"])
 def test_activation_checkpointing_changes_nothing(name: str):

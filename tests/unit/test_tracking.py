@@ -37,23 +37,23 @@ from pipeline.tracking.tracker import (
     tracked,
 )
 from stages.runs import sync
-from tests.project import REPOSITORY, environment
+from tests.project import REPOSITORY, empty_store, environment
 
 PARAMS = TrackingParams(uri=None, experiment="tests", log_interval=1)
 DATA = ("feet", "md5", "data/prepared")
 
 
 @pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its tables take MLflow seconds to create."""
+def store_without_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    path.write_bytes(empty_store())
     MlflowClient(f"sqlite:///{path}").create_experiment("tests")
     return path
 
 
 @pytest.fixture
 def folder(
-    tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, caplog: object
+    tmp_path: Path, store_without_runs: Path, monkeypatch: pytest.MonkeyPatch, caplog: object
 ) -> Path:
     """A main checkout whose store is empty; the ends of runs wait for it, however slow it is."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
@@ -66,7 +66,7 @@ def folder(
     # Where a test takes ten seconds, the machine's load would be a point, too.
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1000")
     caplog.set_level(logging.INFO, "instep")
-    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    shutil.copyfile(store_without_runs, tmp_path / "mlflow.db")
     with sqlite3.connect(tmp_path / "mlflow.db") as store:
         place = (tmp_path / "mlartifacts").as_uri()
         store.execute("UPDATE experiments SET artifact_location = ? WHERE name = 'tests'", [place])
