@@ -25,7 +25,7 @@ STAGES = ("prepare", "train", "evaluate", "report", "gate")
 ABSENT = object()  # a key that is not to stand in params.yaml
 
 # A training of seconds, on photographs of mixed sizes. The network is the quickest there is: of
-# a crop of 32 its map is one pixel, so it learns what colour is frequent, and no more.
+# a crop of 32 its map is one pixel, so it learns which class is frequent, and no more.
 SMALL = {
     "data.name": "feet",
     "data.format.name": "pairs",
