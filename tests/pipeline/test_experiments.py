@@ -23,19 +23,17 @@ from tests.project import (
 )
 
 GOOD, BAD = 0.05, 1e-7  # learning rates
-# The experiments by learning rate and seed. With BY_HAND they are two seeds of a training that
-# learns, and two of one that doesn't.
+# With BY_HAND they are two seeds of a training that learns, and two of one that doesn't.
 EXPERIMENTS = {
-    "two-processes": (GOOD, 0),
-    "queued": (GOOD, 1),
-    "temporary": (BAD, 1),
+    "two-processes": {"train.lr": GOOD, "train.seed": 0, "train.gpus": 2},
+    "queued": {"train.lr": GOOD, "train.seed": 1, "train.gpus": 1},
+    "temporary": {"train.lr": BAD, "train.seed": 1, "train.gpus": 1},
 }
 BY_HAND = {"train.lr": BAD, "train.seed": 0}  # by the stages alone
 
 
 def overrides(name: str) -> list[str]:
-    lr, seed = EXPERIMENTS[name]
-    return ["-S", f"train.lr={lr}", "-S", f"train.seed={seed}"]
+    return [one for key, value in EXPERIMENTS[name].items() for one in ("-S", f"{key}={value}")]
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +44,7 @@ def project(folder: Path) -> Path:
     colour_by_class(folder / "data/feet")
     for name in ("prepare", "train", "evaluate"):
         stage(folder, name)
-    set_params(folder, {"train.lr": GOOD})
-    first = "two-processes"
-    dvc(folder, "exp", "run", "-n", first, *overrides(first), "-S", "train.gpus=2")
-    set_params(folder, {"train.gpus": 1})
+    dvc(folder, "exp", "run", "-n", "two-processes", *overrides("two-processes"))
     commit(folder, "Trained")
     dvc(folder, "exp", "run", "--queue", "-n", "queued", *overrides("queued"), "evaluate")
     dvc(folder, "queue", "start")
@@ -178,7 +173,7 @@ def test_a_run_of_mlflow_a_revision_and_the_workspace_are_named_alike(project: P
 def test_the_gate_stops_a_result_that_is_worse_and_keeps_its_scores(project: Path) -> None:
     set_params(project, {"gate": {"baseline": "HEAD", "tolerance": 0.05}})
     assert "Running stage 'gate'" in dvc(project, "repro")
-    set_params(project, {"train.lr": BAD, "train.seed": 1})  # "temporary", which DVC still has
+    set_params(project, EXPERIMENTS["temporary"])
     said = dvc(project, "repro", check=False)
     assert "Running stage 'train'" not in said
     assert "worse than HEAD by more than 0.05, beyond what other images explain:" in said
