@@ -206,7 +206,8 @@ def test_training_goes_on_from_a_checkpoint_or_starts_from_its_weights(project: 
     assert "copy it elsewhere" in stage(project, "train", check=False)
     changes = {"train.load_from": None, "train.iterations": 8, "train.validate": False}
     set_params(project, changes)
-    dvc(project, "repro", "evaluate")
+    for name in ("train", "evaluate"):
+        stage(project, name)
     assert not (project / "outputs/checkpoints/best.pt").exists()
     assert metrics(project)["mean_iou"] >= 0
 
@@ -219,7 +220,8 @@ def test_a_checkpoint_of_mmsegmentation_is_measured_without_training(project: Pa
     before = metrics(project)
     set_params(project, {"train.load_from": "pspnet.pth", "train.iterations": 0})
     set_params(project, {"train.validate": True})  # there is no iteration to validate after
-    dvc(project, "repro", "evaluate")
+    for name in ("train", "evaluate"):
+        stage(project, name)
     assert metrics(project) == before
     measured = torch.load(project / "outputs/checkpoints/last.pt", weights_only=True)
     assert measured["iteration"] == 0
