@@ -183,7 +183,8 @@ def test_a_bad_request_is_told_what_is_wrong_and_the_next_is_answered(project: P
 
 def test_another_training_gets_the_alias_only_if_it_is_better(project: Path):
     set_params(project, {"train.lr": 0.02})
-    said = dvc(project, "repro", "export/dvc.yaml")  # the training that it depends on, too
+    reproduced(project, "evaluate")
+    said = dvc(project, "repro", "export/dvc.yaml")
     first, second = (float(versions(project)[number]["mean_iou"]) for number in (1, 2))
     assert first != second
     assert best(project) == (2 if second > first else 1)
