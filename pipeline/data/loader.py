@@ -138,7 +138,7 @@ def arriving(batches: Iterable[Batch]) -> Iterator[Batch]:
     try:
         yield from batches
     except InputError as error:  # torch puts the other process's traceback before the text
-        raise InputError(str(error).rpartition(f"{InputError.__name__}: ")[2].strip()) from None
+        raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
     except (EOFError, ConnectionError) as error:
         if not str(error).startswith("Caught "):  # in the other process
             time.sleep(NOTICED)  # where it has ended, torch's handler of SIGCHLD raises its error

@@ -13,7 +13,7 @@ from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedRes
 from timm.models.pvt_v2 import Block, PyramidVisionTransformerV2
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -188,7 +188,7 @@ class MixTransformer(PyramidVisionTransformerV2):
         sides = x.shape[2:]
         narrow = not torch.compiler.is_exporting() and min(sides) < 32
         if narrow:
-            x = functional.pad(x, [0, max(32 - sides[1], 0), 0, max(32 - sides[0], 0)])
+            x = F.pad(x, [0, max(32 - sides[1], 0), 0, max(32 - sides[0], 0)])
         x = self.patch_embed(x)
         features = []
         for stage in self.stages:
